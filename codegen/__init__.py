@@ -1,0 +1,1 @@
+"""Lowering: templates with encodings and epilogues spliced in, printed as C++ and Triton, built once and cached."""

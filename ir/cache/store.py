@@ -1,0 +1,245 @@
+"""The cache store in plain PyTorch: what a cache plan means, row by row; the oracle for every attention kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from ..errors import SmeltError
+from .attend import attend_row
+from .plan import CachePlan, Counts, Site
+from .schedule import Schedule
+from .segments import Segments
+from .step import Step
+
+Indices: TypeAlias = torch.Tensor | Sequence[Sequence[int]]
+
+
+class Bytes(NamedTuple):
+    """Measured bytes: what the stored tokens take, and what all buffers take."""
+
+    used: int
+    allocated: int
+
+
+class Cache:
+    """Keys and values of `batch` rows, each with its own length, stored as a cache plan says.
+
+    A step is `begin`, then `append` and `attend` for every layer, then `commit`. Tokens that are not committed leave no
+    trace. Before `end_prefill` everything stays in the tail, so that a prompt is read as it was written; from then on
+    pages leave as the plan says. What a row stores is a function of its committed tokens alone: not of the steps that
+    brought them, nor of the other rows. Positions count a row's tokens from 0.
+
+    `capacity`: most tokens a row may hold. `scratch`: new tokens a step may bring before buffers grow.
+    `generation` changes whenever a buffer moves: whoever holds an address must fetch it again.
+    """
+
+    def __init__(
+        self, plan: CachePlan, batch: int, capacity: int, device: str | torch.device = "cpu", scratch: int = 64
+    ) -> None:
+        if capacity < 1 or batch < 1:
+            raise SmeltError(f"a cache needs at least one row and one token, not batch {batch}, capacity {capacity}")
+        self.plan, self.capacity, self.scratch = plan, capacity, scratch
+        self.device = torch.device(device)
+        self.generation = 0
+        self.prefilling = True
+        self.lengths = [0] * batch
+        self.step: Step | None = None
+        self.segments: dict[int, Segments] = {}
+        self._schedules: dict[tuple[int | None, ...], Schedule] = {}
+        self._schedule_of: dict[int, Schedule] = {}
+        for site in plan.sites:
+            segments = Segments.empty(site, batch, capacity, self._least_width(site), self.device)
+            self.segments[site.layer] = segments
+            key = (site.sink, site.tail, site.page, site.kept, site.pages(capacity))
+            schedule = self._schedules.setdefault(key, Schedule(site, batch, self.device))
+            schedule.members.append(segments)
+            self._schedule_of[site.layer] = schedule
+
+    @property
+    def batch(self) -> int:
+        """Rows, B."""
+        return len(self.lengths)
+
+    def _least_width(self, site: Site) -> int:
+        """Tail slots that serve every length once the prompt is encoded."""
+        longest = self.capacity if site.tail is None else min(self.capacity, site.sink + site.tail + site.page)
+        return longest + self.scratch
+
+    def counts(self, layer: int) -> torch.Tensor:
+        """int32 [B, 3]: stored tokens of each row in sink, body and tail of a layer; kept up to date in place."""
+        return self._schedule_of[layer].table
+
+    def stored(self, layer: int) -> list[int]:
+        """Stored tokens per KV head of each row."""
+        return [sum(counts) for counts in self._schedule_of[layer].counts]
+
+    def room(self) -> list[int]:
+        """Tokens each row may commit before a page leaves (the one that makes it leave included) or the context ends.
+
+        Whoever accepts no more than this sees the same cache as one who commits token by token.
+        """
+        out = []
+        for length in self.lengths:
+            rooms = [] if self.prefilling else [s.site.room(length) for s in self._schedules.values()]
+            out.append(min([self.capacity - length, *(room for room in rooms if room is not None)]))
+        return out
+
+    def begin(
+        self, positions: torch.Tensor, valid: torch.Tensor | None = None, ancestors: torch.Tensor | None = None
+    ) -> None:
+        """Announce a step of T new tokens a row; what an unfinished step wrote is dropped.
+
+        `positions` int64 [B, T]; `valid` bool [B, T] marks the real ones (default all). Without `ancestors` the valid
+        tokens of a row continue it, and query i sees every stored token and the new tokens up to its own position.
+        `ancestors` bool [T, T] or [B, T, T]: a tree, in which i sees every stored token and exactly the new tokens j
+        with ancestors[i, j], and itself.
+        """
+        if positions.shape[:1] != (self.batch,) or positions.dim() != 2:
+            raise ValueError(f"positions must be [{self.batch}, T], not {list(positions.shape)}")
+        valid = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
+        if ancestors is None:
+            self._check_continues(positions, valid)
+        self._reserve(positions.shape[1])
+        self.step = Step(positions, valid, ancestors)
+
+    def _check_continues(self, positions: torch.Tensor, valid: torch.Tensor) -> None:
+        """Every valid token must stand right behind the row's last one, within the context."""
+        if positions.shape[1] == 1:
+            fresh = [int(v) for v in valid[:, 0].tolist()]
+            wrong = [v and p != n for p, v, n in zip(positions[:, 0].tolist(), fresh, self.lengths, strict=True)]
+        else:
+            fresh = valid.sum(1).tolist()
+            lengths = torch.tensor(self.lengths, device=positions.device)
+            expected = lengths[:, None] + valid.cumsum(1) - 1
+            wrong = ((positions != expected) & valid).any(1).tolist()
+        if any(wrong):
+            row = wrong.index(True)
+            raise ValueError(f"row {row}: new tokens must continue its {self.lengths[row]} tokens without a gap")
+        for row, (length, new) in enumerate(zip(self.lengths, fresh, strict=True)):
+            self._check_fits(row, length + new)
+
+    def _check_fits(self, row: int, length: int) -> None:
+        if length > self.capacity:
+            raise SmeltError(
+                f"sequence {row} would reach {length} tokens, but the cache was made for a context of {self.capacity}: "
+                "shorten the prompt, ask for fewer tokens, or raise the context limit"
+            )
+
+    def _reserve(self, new: int) -> None:
+        """Make room for `new` tokens behind every tail; a prompt that comes in pieces doubles the tail each time."""
+        for schedule in self._schedules.values():
+            used = schedule.aim()
+            need, width = max(used) + new, schedule.members[0].width
+            if need <= width:
+                continue
+            width = max(need, min(2 * width, self.capacity + new) if max(used) else 0)
+            for segments in schedule.members:
+                segments.resize_tail(width, used)
+            self.generation += 1
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the step's keys [B, G, T, D] and values [B, G, T, E] behind the tail of a layer."""
+        self._current()
+        schedule = self._schedule_of[layer]
+        self.segments[layer].write(schedule.offsets, schedule.even, k, v)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of q [B, H, T, D] over a layer's stored and visible new tokens → [B, H, T, E].
+
+        Rows of the result whose token is not valid are zero. `window`, `softcap`, `sinks`: as in `smelt::attention`.
+        """
+        step, schedule, segments = self._current(), self._schedule_of[layer], self.segments[layer]
+        out = []
+        for row, (length, counts) in enumerate(zip(self.lengths, schedule.counts, strict=True)):
+            at = step.positions[row]
+            flushed = 0 if self.prefilling else segments.site.flushed(length)
+            reads = segments.read(row, length, counts, flushed, at)
+            out.append(attend_row(q[row], at, step.visible[row], reads, scale, window, softcap, sinks))
+        return torch.stack(out)
+
+    def commit(self, accepted: Indices) -> None:
+        """Keep these of the step's new tokens, in this order, and drop the rest; then let pages leave that are due.
+
+        `accepted`: for each row, indices into its new tokens; rows are padded with -1.
+        """
+        step = self._current()
+        rows = accepted.tolist() if isinstance(accepted, torch.Tensor) else accepted
+        if len(rows) != self.batch:
+            raise ValueError(f"commit takes one list for each of {self.batch} rows, not {len(rows)}")
+        for row, indices in enumerate(rows):
+            kept = [i for i in indices if i >= 0]
+            if kept:
+                self._commit_row(row, kept, step.tokens)
+        self.step = None
+
+    def _commit_row(self, row: int, kept: list[int], new: int) -> None:
+        length = self.lengths[row] + len(kept)
+        if max(kept) >= new:
+            raise ValueError(f"row {row}: cannot commit new token {max(kept)} of a step of {new}")
+        self._check_fits(row, length)
+        if kept != list(range(len(kept))):
+            for schedule in self._schedules.values():
+                for segments in schedule.members:
+                    segments.keep(row, schedule.counts[row].tail, kept)
+        self._settle(row, self.lengths[row], length)
+
+    def _settle(self, row: int, before: int, length: int) -> None:
+        """Take a row from one committed length to the next: pages that are due leave, counts follow."""
+        self.lengths[row] = length
+        for schedule in self._schedules.values():
+            if self.prefilling:
+                schedule.set(row, Counts(0, 0, length))
+                continue
+            site = schedule.site
+            was, now, counts = site.flushed(before), site.flushed(length), site.counts(length)
+            if was < now:
+                for segments in schedule.members:
+                    segments.flush(row, was, now, counts.tail)
+            schedule.set(row, counts)
+
+    def end_prefill(self) -> None:
+        """The prompt is complete: encode what left the tail, page by page, and free the space it took."""
+        if not self.prefilling:
+            return
+        self.prefilling, self.step = False, None
+        for row, length in enumerate(self.lengths):
+            self._settle(row, 0, length)
+        for schedule in self._schedules.values():
+            width = self._least_width(schedule.site)
+            for segments in schedule.members:
+                if segments.width > width:
+                    segments.resize_tail(width, schedule.aim())
+        self.generation += 1
+
+    def select_rows(self, indices: Sequence[int]) -> None:
+        """Keep these rows, in this order; a row named twice is copied, one not named is dropped."""
+        index = torch.tensor(list(indices), device=self.device)
+        for schedule in self._schedules.values():
+            schedule.take_rows(list(indices))
+            for segments in schedule.members:
+                segments.take_rows(index)
+        self.lengths = [self.lengths[i] for i in indices]
+        self.step = None
+        self.generation += 1
+
+    def nbytes(self) -> Bytes:
+        """Measured bytes: in use by stored tokens, and allocated."""
+        used = sum(s.used_bytes(c) for layer, s in self.segments.items() for c in self._schedule_of[layer].counts)
+        buffers = [buffer for segments in self.segments.values() for buffer in segments.buffers()]
+        return Bytes(used, sum(buffer.numel() * buffer.element_size() for buffer in buffers))
+
+    def _current(self) -> Step:
+        if self.step is None:
+            raise RuntimeError("no step: call begin before append, attend and commit")
+        return self.step

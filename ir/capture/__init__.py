@@ -1,0 +1,1 @@
+"""Capture: torch modules, Hugging Face models and their checkpoints become Programs."""

@@ -1,0 +1,76 @@
+"""The decode plan: how new tokens are proposed, verified and accepted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .errors import SmeltError
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A static draft tree in topological order; node 0 is the root, the newest token that is not yet in the cache.
+
+    `parents[i] < i` is the parent of node i; `ranks[i]` says that the node takes its parent's `ranks[i]`-th best
+    candidate. `parents[0]` and `ranks[0]` are 0 and mean nothing.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parents or len(self.parents) != len(self.ranks):
+            raise SmeltError("a draft tree needs a root and one rank for each node")
+        if any(not 0 <= p < i for i, p in enumerate(self.parents) if i):
+            raise SmeltError("a draft tree must list parents before their children")
+
+    @classmethod
+    def from_paths(cls, paths: list[tuple[int, ...]]) -> Tree:
+        """The tree of all prefixes of rank paths such as (0,), (0, 1); shorter paths come first."""
+        known: dict[tuple[int, ...], int] = {(): 0}
+        parents, ranks = [0], [0]
+        for path in sorted({p[:n] for p in paths for n in range(1, len(p) + 1)}, key=lambda p: (len(p), p)):
+            known[path] = len(parents)
+            parents.append(known[path[:-1]])
+            ranks.append(path[-1])
+        return cls(tuple(parents), tuple(ranks))
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Distance of every node from the root."""
+        depth = [0]
+        for parent in self.parents[1:]:
+            depth.append(depth[parent] + 1)
+        return tuple(depth)
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """drafter → tree → verify → accept. Acceptance is always the walk: draw at a node, descend if a child holds it.
+
+    The walk with position-keyed noise has the law of plain decoding for every drafter, so speculation is exact.
+    drafter `recycle`: candidates are the last seen `width` best successors of a token (Token Recycling).
+    drafter `heads`: head j proposes `width` candidates for the token j + 1 places ahead (Medusa); output `heads`.
+    """
+
+    drafter: Literal["recycle", "heads"]
+    tree: Tree
+    width: int
+
+    def __post_init__(self) -> None:
+        if max(self.tree.ranks) >= self.width:
+            raise SmeltError(f"the draft tree uses rank {max(self.tree.ranks)}, but the drafter keeps {self.width}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DecodePlan:
+        """Inverse of `to_dict`."""
+        tree = Tree(tuple(data["tree"]["parents"]), tuple(data["tree"]["ranks"]))
+        return cls(data["drafter"], tree, data["width"])

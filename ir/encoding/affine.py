@@ -1,0 +1,195 @@
+"""Integer codes with a scale, and optionally a zero, per group: `x = q * scale`, or `x = q * scale + zero`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+
+from ..errors import SmeltError, nearest
+from .base import Encoding, Parts
+from .expr import Bin, Cast, Const, Expr, Index, Load, k, n
+
+LANES = 16  # neighbouring columns in neighbouring bytes: one 64-byte vector of float32
+WIDTHS = (2, 4, 8)
+AXES = ("token", "channel")
+SCALES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, init=False)
+class Affine(Encoding):
+    """Round-to-nearest codes of `bits` bits on `[..., N, K]`.
+
+    `axis="token"`: a group is `group` neighbours in one row (weights: inputs of one output; values: channels of one
+    token), `group=0` the whole row. `axis="channel"`: a group is one column over `group` rows (keys: one channel over
+    tokens). Symmetric codes span -(2^(b-1)-1) .. 2^(b-1)-1 and are stored with offset 2^(b-1); with `zero` they span
+    0 .. 2^b-1 above the group's stored minimum. Scales are rounded to their dtype before the codes are chosen.
+
+    Parts: `codes` uint8 `[..., N, K*bits/8]`; `scale` (and `zero`) `[..., N, K/group]` or `[..., N/group, K]`.
+    Codes are packed along the last dim so that a vector of bytes unpacks to whole vectors of neighbours: in a block of
+    16*8/bits columns, byte j holds columns j, j+16, j+32, ... from the lowest field up.
+    """
+
+    name: ClassVar[str] = "affine"
+    width: int  # `bits` in a spec: the method of that name counts the stored bits of a shape
+    group: int
+    axis: str
+    zero: bool
+    scale: str
+
+    def __init__(self, bits: int, group: int, axis: str = "token", zero: bool = False, scale: str = "float16") -> None:
+        for field, value in (("width", bits), ("group", group), ("axis", axis), ("zero", zero), ("scale", scale)):
+            object.__setattr__(self, field, value)
+        if type(bits) is not int or bits not in WIDTHS:
+            packed = " (3-bit codes straddle bytes and have no packing yet)" if bits == 3 else ""
+            raise SmeltError(f"affine: bits must be one of 2, 4, 8, not {bits!r}{packed}")
+        if type(group) is not int or group < 0:
+            raise SmeltError(f"affine: group must be a count of elements (0: the whole row), not {group!r}")
+        if axis not in AXES:
+            raise SmeltError(f"affine: axis must be token or channel, not {axis!r}{nearest(str(axis), AXES)}")
+        if axis == "channel" and group == 0:
+            raise SmeltError("affine: axis=channel needs a group of tokens (such as group: 64), not 0")
+        if type(zero) is not bool:
+            raise SmeltError(f"affine: zero must be true or false, not {zero!r}")
+        if scale not in SCALES:
+            raise SmeltError(f"affine: scale must be one of {', '.join(SCALES)}, not {scale!r}")
+
+    def spec(self) -> dict[str, dict[str, Any]]:
+        """The recipe form, with the width of a code as `bits`."""
+        options = super().spec()[self.name]
+        return {self.name: {"bits": options.pop("width"), **options}}
+
+    def __str__(self) -> str:
+        """The text form, `affine(bits=4, group=64, axis=token, zero=False, scale=float16)`."""
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.spec()[self.name].items())})"
+
+    @property
+    def block(self) -> int:
+        """Columns that are packed together; K must be a multiple."""
+        return LANES * self._fields if self._fields > 1 else 1
+
+    @property
+    def _fields(self) -> int:
+        return 8 // self.width
+
+    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes and scales of `x [..., N, K]`; values are read as float32."""
+        if reason := self.refuses(tuple(x.shape)):
+            raise SmeltError(f"{self}: {reason}")
+        groups, dim = self._grouped(x.float())
+        low, high = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
+        if self.zero:
+            levels, offset = 2**self.width - 1, 0
+            zero = self._stored(low, "zero")
+            scale = self._step((high - zero.float()).clamp_min(0), levels)
+            parts = {"zero": zero.squeeze(dim)}
+            codes = groups - zero.float()
+        else:
+            levels, offset = 2 ** (self.width - 1) - 1, 2 ** (self.width - 1)
+            scale = self._step(torch.maximum(high, -low), levels)
+            parts = {}
+            codes = groups.clone()
+        # where the scale is 0 the whole group is 0 above its zero, and so are its codes
+        divisor = torch.where(scale == 0, 1.0, scale.float())
+        codes = codes.div_(divisor).round_().clamp_(0 if self.zero else -levels, levels).add_(offset)
+        packed = self._pack(codes.to(torch.uint8).reshape(x.shape))
+        return {"codes": packed, "scale": scale.squeeze(dim), **parts}
+
+    def decode(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`q * scale` or `q * scale + zero` in float32, then `dtype`."""
+        codes = self._unpack(parts["codes"], shape).float()
+        if not self.zero:
+            codes -= 2 ** (self.width - 1)
+        groups, dim = self._grouped(codes)
+        groups = groups * parts["scale"].float().unsqueeze(dim)
+        if self.zero:
+            groups += parts["zero"].float().unsqueeze(dim)
+        return groups.reshape(shape).to(dtype)
+
+    def bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
+        """Codes plus scales (and zeros)."""
+        count = sympy.prod(shape)
+        per_group = 8 * int(getattr(torch, self.scale).itemsize) * (2 if self.zero else 1)
+        return sympy.expand(count * self.width + count / sympy.sympify(self._group(shape)) * per_group)
+
+    def expr(self, shape: tuple[Any, ...]) -> Expr:
+        """`(field of codes - offset) * scale`, or `field of codes * scale + zero`."""
+        columns = sympy.sympify(shape[-1])
+        if self.width == 8:
+            code: Expr = Cast("int32", Load("codes", n * columns + k, "uint8"))
+        else:
+            byte = n * (columns // self._fields) + LANES * (k // self.block) + sympy.Mod(k, LANES)
+            shift = self.width * (sympy.Mod(k, self.block) // LANES)
+            shifted = Bin("shr", Cast("int32", Load("codes", byte, "uint8")), Index(shift))
+            code = Bin("and", shifted, Const(2**self.width - 1, "int32"))
+        if self.axis == "channel":
+            at = (n // self.group) * columns + k
+        else:
+            at = n * (columns // self.group) + k // self.group if self.group else n
+        scale = self._number("scale", at)
+        if self.zero:
+            return Bin("add", Bin("mul", Cast("float32", code), scale), self._number("zero", at))
+        return Bin("mul", Cast("float32", Bin("sub", code, Const(2 ** (self.width - 1), "int32"))), scale)
+
+    def refuses(self, shape: tuple[int, ...]) -> str | None:
+        """A rank below 2, a row that does not fill its packing blocks, or a dim that is no multiple of its group."""
+        if len(shape) < 2:
+            return f"needs a tensor [..., N, K], not {list(shape)}"
+        if shape[-1] == 0 or shape[-1] % self.block:
+            return f"the last dim, {shape[-1]}, must be a multiple of {self.block} ({self.width}-bit packing)"
+        dim = -1 if self.axis == "token" else -2
+        if shape[dim] % self._group(shape):
+            return f"dim {dim} is {shape[dim]}, not a multiple of group={self.group}"
+        return None
+
+    def _group(self, shape: tuple[Any, ...]) -> Any:
+        return self.group or shape[-1]
+
+    def _grouped(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """`x` with its groups along one dim of their own, and that dim."""
+        if self.axis == "token":
+            return x.unflatten(-1, (x.shape[-1] // self._group(tuple(x.shape)), self._group(tuple(x.shape)))), -1
+        return x.unflatten(-2, (x.shape[-2] // self.group, self.group)), -2
+
+    def _stored(self, value: torch.Tensor, part: str) -> torch.Tensor:
+        """The value in the storage dtype of scales; refuses what that dtype cannot hold."""
+        if not bool(value.isfinite().all()):
+            raise SmeltError(f"{self}: the tensor has NaN or infinite values")
+        stored = value.to(getattr(torch, self.scale))
+        if not bool(stored.isfinite().all()):
+            raise SmeltError(f"{self}: a {part} overflows {self.scale} ({value.abs().max():.3g}); use scale: float32")
+        return stored
+
+    def _step(self, span: torch.Tensor, levels: int) -> torch.Tensor:
+        """`span / levels` in the storage dtype, never rounded to 0 nor far below the span.
+
+        Among the subnormals of the dtype rounding down would clip the largest values by more than half a step, so
+        there the scale is the next one up.
+        """
+        scale = self._stored(span / levels, "scale")
+        info = torch.finfo(scale.dtype)
+        short = (scale.float() * levels < span) & (scale < info.smallest_normal)
+        return torch.where(short, scale + info.smallest_normal * info.eps, scale)
+
+    def _number(self, part: str, at: sympy.Expr) -> Expr:
+        load = Load(part, sympy.sympify(at), self.scale)
+        return load if self.scale == "float32" else Cast("float32", load)
+
+    def _pack(self, codes: torch.Tensor) -> torch.Tensor:
+        if self.width == 8:
+            return codes
+        fields = codes.unflatten(-1, (codes.shape[-1] // self.block, self._fields, LANES))
+        packed: torch.Tensor = fields[..., 0, :].clone()
+        for field in range(1, self._fields):
+            packed |= fields[..., field, :] << (self.width * field)
+        return packed.flatten(-2)
+
+    def _unpack(self, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        if self.width == 8:
+            return packed
+        blocks = packed.unflatten(-1, (shape[-1] // self.block, 1, LANES))
+        shifts = (self.width * torch.arange(self._fields, dtype=torch.uint8, device=packed.device)).unsqueeze(-1)
+        codes: torch.Tensor = (blocks >> shifts) & (2**self.width - 1)
+        return codes.reshape(shape)

@@ -1,0 +1,114 @@
+"""The Program: what is being compiled. A graph over the dialect, its weights, its cache and decode plans, its history."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from .cache.plan import CachePlan
+from .decode import DecodePlan
+from .errors import SmeltError, nearest
+from .weight import Weight
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step of a Program's history: which pass ran with which options, and what came of it."""
+
+    step: int
+    name: str
+    options: dict[str, Any]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.name}"
+
+
+@dataclass
+class Program:
+    """A model as a graph `inputs → named outputs`.
+
+    Nodes are placeholders (inputs), `get_attr` (a weight by name), and calls of dialect or ATen ops; the output node
+    carries a dict of names. A decoder has inputs `tokens` and `positions` [B, T] and the output `logits` [B, T, V].
+    `facts` are JSON values that no node carries: `vocabulary`, `context`, `eos`, `source`, ….
+    """
+
+    name: str
+    graph: fx.Graph
+    weights: dict[str, Weight]
+    facts: dict[str, Any] = field(default_factory=dict)
+    cache: CachePlan | None = None
+    decode: DecodePlan | None = None
+    history: tuple[Record, ...] = ()
+    origin: dict[str, Record] = field(default_factory=dict)  # the step that last changed a weight, `cache` or `decode`
+    touched: set[str] = field(default_factory=set)  # what the running pass changed; the manager turns it into origins
+
+    def fork(self) -> Program:
+        """A copy whose graph and tables can be edited; the tensors are shared."""
+        copied: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        out = graph.graph_copy(self.graph, copied)
+        graph.output(out)
+        for old, new in copied.items():
+            new.name, new.meta = old.name, copy.copy(old.meta)
+        return replace(self, graph=graph, weights=dict(self.weights), facts=dict(self.facts), origin=dict(self.origin), touched=set())
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in order."""
+        return tuple(str(n.target) for n in self.graph.nodes if n.op == "placeholder")
+
+    @property
+    def outputs(self) -> dict[str, fx.Node]:
+        """The named results; replace entries with `set_output`."""
+        return dict(self._output.args[0])  # type: ignore[arg-type]  # an output node of ours holds a dict
+
+    @property
+    def _output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def set_output(self, name: str, node: fx.Node) -> None:
+        """Add or replace a named result."""
+        self._output.args = ({**self.outputs, name: node},)
+
+    def uses(self, weight: str) -> list[fx.Node]:
+        """The nodes that read a weight."""
+        return [user for node in self.graph.nodes if node.op == "get_attr" and node.target == weight for user in node.users]
+
+    def weight_node(self, name: str, weight: Weight | None = None) -> fx.Node:
+        """A node that reads weight `name`, made at the current insert point; `weight` adds or replaces its value."""
+        if weight is not None:
+            self.weights[name] = weight
+        if name not in self.weights:
+            raise SmeltError(f"program {self.name} has no weight '{name}'{nearest(name, self.weights)}")
+        return self.graph.create_node("get_attr", name)
+
+    def touch(self, *names: str) -> None:
+        """Say that the running pass changes these weights, or `cache`, or `decode`."""
+        self.touched.update(names)
+
+    def changed_by(self, name: str) -> str:
+        """` since step 2, weights.quantize` for what a pass last changed, or an empty string."""
+        return f" since {self.origin[name]}" if name in self.origin else ""
+
+    def prune(self) -> None:
+        """Drop dead nodes and the weights that nothing reads."""
+        for node in reversed(self.graph.nodes):
+            if node.op not in ("placeholder", "output") and not node.users:
+                self.graph.erase_node(node)
+        read = {n.target for n in self.graph.nodes if n.op == "get_attr"}
+        self.weights = {name: w for name, w in self.weights.items() if name in read}
+
+    def calls(self, *targets: Any) -> Iterator[fx.Node]:
+        """Nodes that call one of these targets (overloads or dialect ops), in order."""
+        wanted = {getattr(t, "target", t) for t in targets}
+        return (n for n in list(self.graph.nodes) if n.op == "call_function" and n.target in wanted)
+
+    @property
+    def nbytes(self) -> int:
+        """Measured bytes of all weights."""
+        return sum(w.nbytes for w in self.weights.values())

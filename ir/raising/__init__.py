@@ -1,0 +1,33 @@
+"""Raising: from ATen to the dialect, one small pattern a construct. What no pattern knows stays ATen and still runs."""
+
+from ..program import Program
+from .blocks import raise_attention, raise_gated, raise_head
+from .cleanup import functional
+from .linear import raise_embedding, raise_linear
+from .norm import raise_layer_norm, raise_rms_norm
+from .rotary import raise_rotary
+
+STEPS = (
+    functional,
+    raise_linear,
+    raise_embedding,
+    raise_layer_norm,
+    raise_rms_norm,
+    raise_rotary,
+    raise_gated,
+    raise_attention,
+    raise_head,
+)
+
+
+def raise_program(program: Program) -> dict[str, int]:
+    """Rewrite in place, in the order of STEPS; returns how many sites each step raised."""
+    raised = {}
+    for step in STEPS:
+        raised[step.__name__] = step(program)
+        program.prune()
+    program.graph.lint()
+    return raised
+
+
+__all__ = ["STEPS", "raise_program"]

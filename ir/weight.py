@@ -1,0 +1,92 @@
+"""A stored weight: a logical shape, an encoding and its parts, which may still lie in a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from .encoding import Dense, Encoding
+
+
+@dataclass(frozen=True)
+class Mapped(Mapping[str, torch.Tensor]):
+    """Parts that lie in safetensors files: each access maps the tensor anew, so that dropping it frees its pages.
+
+    `keys_of` maps a part to (file, key). Nothing is read until a part's values are touched.
+    """
+
+    keys_of: Mapping[str, tuple[Path, str]]
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        path, key = self.keys_of[part]
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+
+@dataclass(frozen=True)
+class Transposed(Mapping[str, torch.Tensor]):
+    """Dense parts seen with their two dimensions swapped, still unread."""
+
+    parts: Mapping[str, torch.Tensor]
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        return self.parts[part].t()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A logical tensor `shape` stored as `parts` of `encoding`."""
+
+    shape: tuple[int, ...]
+    encoding: Encoding
+    parts: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Weight:
+        """A dense weight over a tensor in memory (shared, not copied)."""
+        return cls(tuple(tensor.shape), Dense(str(tensor.dtype).removeprefix("torch.")), {"data": tensor.detach()})
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The decoded tensor; integer and boolean tables keep their own type."""
+        return self.encoding.decode(self.parts, self.shape, dtype)
+
+    def encoded(self, encoding: Encoding) -> Weight:
+        """The same logical tensor in another encoding."""
+        return Weight(self.shape, encoding, encoding.encode(self.dense()))
+
+    @property
+    def bits(self) -> int:
+        """Stored bits by the encoding's formula."""
+        return int(self.encoding.bits(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Measured bytes of the parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def digest(self) -> str:
+        """A content hash over encoding, shape and bytes."""
+        h = hashlib.sha256(f"{self.encoding}{self.shape}".encode())
+        for name in sorted(self.parts):
+            part = self.parts[name].contiguous()
+            h.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
+            h.update(memoryview(part.view(torch.uint8).numpy().reshape(-1)) if part.numel() else b"")
+        return h.hexdigest()

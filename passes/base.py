@@ -1,0 +1,68 @@
+"""What a pass is: options, a contract over the Program's state, and one rewrite that accounts for every site."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..ir.program import Program
+
+Effect = Literal["numerics", "shapes", "encodings", "cache", "decode", "outputs"]
+
+
+class Exactness(StrEnum):
+    """What a pass promises about the Program's outputs."""
+
+    EXACT = "exact"  # equal on probe inputs, up to the order of fp32 sums
+    BOUNDED = "bounded"  # an error with a stated bound
+    APPROXIMATE = "approximate"  # measured, not promised
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration data as tokens int64 [N, T]; `progress(done, total, what)` is called by long passes."""
+
+    tokens: torch.Tensor
+    progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did: the sites it rewrote, and for each site left alone the reason. `notes` are JSON values."""
+
+    done: tuple[str, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite. Fields are the recipe's options; the file's path is its name (`passes/weights/quantize.py`).
+
+    `requires` yields every unmet fact as a sentence that names the site, what it must be, what it is, and (through
+    `Program.changed_by`) the step that made it so. `apply` edits the Program it is given, which is a fork of its own,
+    and records what it changed in `program.origin`. `calibration`: whether it needs samples of text.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    effects: ClassVar[frozenset[Effect]] = frozenset()
+    calibration: ClassVar[Literal["none", "text"]] = "none"
+
+    def requires(self, program: Program) -> Iterator[str]:
+        """Facts that do not hold, as sentences; none by default."""
+        return iter(())
+
+    @abstractmethod
+    def apply(self, program: Program, samples: Samples | None) -> Outcome:
+        """Rewrite `program` in place."""
+
+
+def decoder_only(program: Program) -> Iterator[str]:
+    """The contract of passes that act on generation."""
+    if program.facts.get("kind") != "decoder":
+        yield f"{program.name} must be a decoder, but is a {program.facts.get('kind', 'plain module')}"

@@ -1,0 +1,1 @@
+"""The runtime layer: runs a compiled plan token by token and decides nothing."""
