@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..passes import Pass
 from .options import Option, adapter, dataclass_in, dataclass_under, options_of, plain
 from .schema import Header
 from .steps import RESERVED, STEP_NAME, pass_options
@@ -24,7 +25,7 @@ _RESERVED_DOCS = {
 }
 
 
-def json_schema(catalogue: Mapping[str, type]) -> Schema:
+def json_schema(catalogue: Mapping[str, type[Pass]]) -> Schema:
     """The schema of a recipe file, given every pass by name."""
     defs: Schema = {}
     steps = {name: _step(cls, name, defs) for name, cls in sorted(catalogue.items())}

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.errors import SmeltError, nearest
+from ..passes import Pass
 from .document import MAX_BYTES, Node, from_data, parse
 from .options import convert, make, values
 from .overrides import override
-from .schema import Header, Recipe
+from .schema import Header, Needs, Recipe
 from .steps import Draft, build_step, draft, named
 
 WITHOUT_PAPER = ("baseline", "deploy")
@@ -32,7 +33,7 @@ class _Source:
 
 
 def load(
-    source: str | Path | Mapping[str, Any], catalogue: Mapping[str, type], overrides: Sequence[str] = ()
+    source: str | Path | Mapping[str, Any], catalogue: Mapping[str, type[Pass]], overrides: Sequence[str] = ()
 ) -> Recipe:
     """The recipe that `source` names, resolved and checked.
 
@@ -43,18 +44,22 @@ def load(
     Raises SmeltError with file, line and column for the first fault.
     """
     header, drafts = _resolve(_open(source), catalogue, ())
-    steps = [build_step(item, catalogue) for item in override(named(drafts), overrides, catalogue)]
+    steps = tuple(build_step(item, catalogue) for item in override(named(drafts), overrides, catalogue))
     own = {field.name: getattr(header, field.name) for field in dataclasses.fields(Header)}
-    return Recipe(**own, steps=tuple(steps))
+    for step in steps:  # a pass knows what it needs, whatever the header says
+        own["needs"] = own["needs"].union(Needs(calibration=step.pass_.calibration))
+    return Recipe(**own, steps=steps)
 
 
 def shipped() -> tuple[Header, ...]:
-    """The header of every recipe that ships with smelt, by family and name. Needs no passes, hence no torch."""
+    """The header of every recipe that ships with smelt, by family and name. Reads no steps, hence needs no passes."""
     headers = [_header(_open(name)) for name in _names()]
     return tuple(sorted(headers, key=lambda header: (header.family, header.name)))
 
 
-def _resolve(source: _Source, catalogue: Mapping[str, type], chain: tuple[_Source, ...]) -> tuple[Header, list[Draft]]:
+def _resolve(
+    source: _Source, catalogue: Mapping[str, type[Pass]], chain: tuple[_Source, ...]
+) -> tuple[Header, list[Draft]]:
     """A recipe's header, with what its includes need as well, and its drafts with theirs in place."""
     header = _header(source)
     chain = (*chain, source)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
 
+from ..ir.encoding import parse
 from ..ir.errors import SmeltError, nearest
 from .document import Node
 from .words import choices, is_encoding, literals, shown, wanted
@@ -106,6 +107,8 @@ def plain(value: Any) -> Any:
     """A value as it could stand in YAML: lists and dicts, encodings in their recipe form. ValueError for others."""
     if is_encoding(type(value)):
         return plain(value.spec())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: plain(getattr(value, name)) for name in options_of(type(value))}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -138,8 +141,6 @@ def _leaves(kind: Any) -> list[Any]:
 
 
 def _encoding(spec: Any) -> Any:
-    from ..ir.encoding import parse  # torch loads with it: only where a pass has such an option
-
     if not isinstance(spec, dict | str) or not spec:
         raise ValueError("an encoding is one name with its options, such as {dense: float16}")
     try:

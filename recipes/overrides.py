@@ -5,12 +5,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ..ir.errors import SmeltError
+from ..passes import Pass
 from .document import Node, from_data, parse
 from .options import hint, plain
 from .steps import Draft, pass_options
 
 
-def override(drafts: Sequence[Draft], settings: Sequence[str], catalogue: Mapping[str, type]) -> list[Draft]:
+def override(drafts: Sequence[Draft], settings: Sequence[str], catalogue: Mapping[str, type[Pass]]) -> list[Draft]:
     """The drafts after each `<step or pass>.<option path>=<YAML value>`, in order; a later one wins."""
     changed = list(drafts)
     for text in settings:
@@ -44,9 +45,11 @@ def _find(drafts: Sequence[Draft], address: str, label: str) -> tuple[int, list[
     return meant[name][0], path.split(".")
 
 
-def _with(item: Draft, path: Sequence[str], value: Node, catalogue: Mapping[str, type], label: str) -> Draft:
+def _with(item: Draft, path: Sequence[str], value: Node, catalogue: Mapping[str, type[Pass]], label: str) -> Draft:
     options = pass_options(catalogue[item.pass_name], item.pass_name)
     first, known = path[0], [*options, "optional", "gate"]
+    if first == "name":
+        raise SmeltError(f"{label}: a step is named in the recipe; nothing else would change")
     if first not in known:
         raise SmeltError(f"{label}: unknown key '{first}' in {item.pass_name}{hint(first, known)}")
     start = item.options

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..ir.errors import SmeltError
+from ..passes import Pass
 from .document import dump
 
 Family = Literal["weights", "prune", "cache", "decode", "tokens", "attention", "train", "deploy", "baseline"]
@@ -112,7 +113,7 @@ class Step:
 
     name: str
     pass_name: str
-    pass_: Any
+    pass_: Pass
     options: Mapping[str, Any]
     optional: bool = False
     gate: Gate | None = None

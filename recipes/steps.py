@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..passes import Pass
 from .document import Node
 from .options import Option, convert, hint, make, options_of, plain, values
 from .schema import Gate, Step
@@ -26,7 +27,7 @@ class Draft:
     options: Node
 
 
-def draft(steps: Node, catalogue: Mapping[str, type], include: Callable[[Node], Sequence[Draft]]) -> list[Draft]:
+def draft(steps: Node, catalogue: Mapping[str, type[Pass]], include: Callable[[Node], Sequence[Draft]]) -> list[Draft]:
     """The drafts of a list of steps; `include` yields those of the recipe that an `include:` names."""
     if not isinstance(steps.value, list):
         raise steps.fault(f"'steps' must be a list, but is {shown(steps)}")
@@ -55,7 +56,7 @@ def named(drafts: Sequence[Draft]) -> list[Draft]:
     return list(done.values())
 
 
-def build_step(item: Draft, catalogue: Mapping[str, type]) -> Step:
+def build_step(item: Draft, catalogue: Mapping[str, type[Pass]]) -> Step:
     """The step of a named draft, every option checked against the pass."""
     cls, node = catalogue[item.pass_name], item.options
     given = values(cls, node, item.pass_name, also=RESERVED)
@@ -89,7 +90,7 @@ def _entry(item: Node) -> tuple[str, Node]:
         return item.value, Node({}, item.place, item.place)
     if not isinstance(item.value, dict) or not item.value:
         raise item.fault(
-            f"a step is the name of a pass, alone or as the one key over its options, but is {shown(item)}"
+            f"a step is a pass's name, alone or as the one key over its options, but this is {shown(item)}"
         )
     if len(item.value) > 1:
         raise item.fault(
@@ -100,7 +101,7 @@ def _entry(item: Node) -> tuple[str, Node]:
     return name, options
 
 
-def _draft(pass_name: str, options: Node, catalogue: Mapping[str, type]) -> Draft:
+def _draft(pass_name: str, options: Node, catalogue: Mapping[str, type[Pass]]) -> Draft:
     if pass_name not in catalogue:
         raise options.key_fault(f"unknown pass '{pass_name}'{hint(pass_name, [*catalogue, 'include'])}")
     if options.value is None:

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
+from ..ir.encoding import Encoding
 from .document import Node
 
 _WORDS: Mapping[Any, str] = {
@@ -65,5 +66,5 @@ def literals(kind: Any) -> list[str]:
 
 
 def is_encoding(kind: Any) -> bool:
-    """Whether a type is an encoding of the ir: it says its own recipe form. No import, which would load torch."""
-    return isinstance(kind, type) and callable(getattr(kind, "spec", None)) and callable(getattr(kind, "encode", None))
+    """Whether a type is an encoding of the ir, which has a recipe form of its own."""
+    return isinstance(kind, type) and issubclass(kind, Encoding)

@@ -9,22 +9,26 @@ from .segments import Segments
 
 
 class Schedule:
-    """Counts of every row, once for all `members`; `table` int32 [B, 3] says the same to kernels, updated in place."""
+    """Counts of every row, once for all `members`.
+
+    `table` int32 [B, 4] says the same to kernels, updated in place: sink, body, tail, and the committed length.
+    """
 
     def __init__(self, site: Site, rows: int, device: torch.device) -> None:
         self.site = site
         self.members: list[Segments] = []
         self.counts = [Counts(0, 0, 0)] * rows
-        self.table = torch.zeros(rows, 3, dtype=torch.int32, device=device)
+        self.table = torch.zeros(rows, 4, dtype=torch.int32, device=device)
         self.offsets = [0] * rows
         self.even = True
 
-    def set(self, row: int, counts: Counts) -> None:
-        """Note what a row now holds."""
+    def set(self, row: int, counts: Counts, length: int) -> None:
+        """Note what a row of this committed length now holds."""
         old, self.counts[row] = self.counts[row], counts
         for column, (was, now) in enumerate(zip(old, counts, strict=True)):
             if was != now:
                 self.table[row, column] = now
+        self.table[row, 3] = length
 
     def aim(self) -> list[int]:
         """Where each row's next new token goes in the tail; noted in `offsets`, and in `even` if all are the same."""

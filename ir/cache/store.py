@@ -69,7 +69,7 @@ class Cache:
         return longest + self.scratch
 
     def counts(self, layer: int) -> torch.Tensor:
-        """int32 [B, 3]: stored tokens of each row in sink, body and tail of a layer; kept up to date in place."""
+        """int32 [B, 4]: a layer's stored tokens of each row in sink, body and tail, and its length; updated in place."""
         return self._schedule_of[layer].table
 
     def stored(self, layer: int) -> list[int]:
@@ -103,7 +103,7 @@ class Cache:
         if ancestors is None:
             self._check_continues(positions, valid)
         self._reserve(positions.shape[1])
-        self.step = Step(positions, valid, ancestors)
+        self.step = Step(positions.contiguous(), valid, ancestors)
 
     def _check_continues(self, positions: torch.Tensor, valid: torch.Tensor) -> None:
         """Every valid token must stand right behind the row's last one, within the context."""
@@ -199,14 +199,14 @@ class Cache:
         self.lengths[row] = length
         for schedule in self._schedules.values():
             if self.prefilling:
-                schedule.set(row, Counts(0, 0, length))
+                schedule.set(row, Counts(0, 0, length), length)
                 continue
             site = schedule.site
             was, now, counts = site.flushed(before), site.flushed(length), site.counts(length)
             if was < now:
                 for segments in schedule.members:
                     segments.flush(row, was, now, counts.tail)
-            schedule.set(row, counts)
+            schedule.set(row, counts, length)
 
     def end_prefill(self) -> None:
         """The prompt is complete: encode what left the tail, page by page, and free the space it took."""

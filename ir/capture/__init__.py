@@ -1,1 +1,32 @@
 """Capture: torch modules, Hugging Face models and their checkpoints become Programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import SmeltError
+from ..program import Program
+from .module import capture_module
+
+
+def capture(model: str | Path | nn.Module, example: Sequence[torch.Tensor] | None = None) -> Program:
+    """A Program of a model folder, a hub id, a transformers model or a plain torch module.
+
+    `example`: positional inputs that a plain module is traced with. Raises SmeltError naming what cannot be captured.
+    """
+    if isinstance(model, nn.Module) and not hasattr(model, "config"):
+        return capture_module(model, example or ())
+    if isinstance(model, str | Path) and str(model).endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+        raise SmeltError(f"{model}: a pickle can run code and is refused; give the model's folder with safetensors")
+    try:
+        from .hf import capture_hf
+    except ImportError as fault:
+        raise SmeltError("capturing a transformers model needs transformers: pip install 'smelt[hf]'") from fault
+    return capture_hf(model)
+
+
+__all__ = ["capture", "capture_module"]

@@ -85,6 +85,13 @@ def to_program(
     return program
 
 
+def strip_prefix(exported: ExportedProgram) -> None:
+    """Parameter and buffer names without the `model.` of the wrapper that was exported."""
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
+            spec.target = spec.target.removeprefix("model.")
+
+
 def _copy_call(node: fx.Node, graph: fx.Graph, table: dict[fx.Node, fx.Node]) -> None:
     if node.target in _PASS_THROUGH or _is_plain_cast(node):
         table[node] = table[node.args[0]]  # type: ignore[index]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.export.graph_signature import InputKind
 
 from ..errors import SmeltError
 from ..program import Program
@@ -22,7 +21,7 @@ from ..raising import raise_program
 from ..weight import Weight
 from .check import check_against_source
 from .checkpoint import named
-from .exported import to_program
+from .exported import strip_prefix, to_program
 
 
 def capture_hf(source: str | Path | nn.Module) -> Program:
@@ -181,15 +180,8 @@ def _export(model: nn.Module, decoder: bool, name: str) -> torch.export.Exported
         except Exception as fault:  # export raises dozens of kinds; each means a construct it cannot trace
             first = next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__)
             raise SmeltError(f"{name}: cannot be captured yet, torch.export stops at: {first.strip()[:300]}") from fault
-    _strip_prefix(exported)
+    strip_prefix(exported)
     return exported
-
-
-def _strip_prefix(exported: torch.export.ExportedProgram) -> None:
-    """Parameter names without the wrapper's own `model.` in front."""
-    for spec in exported.graph_signature.input_specs:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
-            spec.target = spec.target.removeprefix("model.")
 
 
 def _facts(config: Any, decoder: bool, folder: Path | None) -> dict[str, Any]:
@@ -203,7 +195,7 @@ def _facts(config: Any, decoder: bool, folder: Path | None) -> dict[str, Any]:
         "context": int(context) if context else None,
         "eos": [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [int(eos)],
         "hidden": int(text.hidden_size),
-        "source": str(folder) if folder is not None else type(config).__name__,
+        "source": folder.name if folder is not None else type(config).__name__,
     }
 
 

@@ -44,9 +44,6 @@ def stream(tokenizer: Tokenizer, ids: list[int], stop: Any = (), chunk: int = 1)
     return [s.push(ids[i : i + chunk]) for i in range(0, len(ids), chunk)] + [s.finish()], s
 
 
-# --- the tokenizer
-
-
 def test_text_survives_the_way_there_and_back() -> None:
     ids = REFERENCE.encode(TEXT)
     assert len(ids) > 20 and all(0 <= i < 4096 for i in ids)
@@ -150,9 +147,6 @@ def test_half_a_surrogate_pair_is_refused() -> None:
         REFERENCE.encode("a\ud83d")
 
 
-# --- the stream
-
-
 def test_characters_come_whole_and_as_soon_as_they_are() -> None:
     ids = REFERENCE.encode("a😀中b")
     pieces, s = stream(REFERENCE, ids)
@@ -165,6 +159,12 @@ def test_an_unfinished_character_comes_at_the_end_as_in_decode() -> None:
     ids = REFERENCE.encode("ab😀")[:-1]
     pieces, _ = stream(REFERENCE, ids)
     assert pieces[-1] == "\ufffd" and "".join(pieces) == REFERENCE.decode(ids) == "ab\ufffd"
+
+
+def test_of_invalid_bytes_only_the_last_is_held() -> None:
+    ff = REFERENCE.core.token_to_id("ÿ")  # the byte-level name of 0xFF
+    pieces, _ = stream(REFERENCE, [ff, ff, ff])
+    assert pieces == ["", "\ufffd", "\ufffd", "\ufffd"]
 
 
 IDS = st.lists(st.integers(0, 4095) | st.integers(0, 260) | st.integers(4090, 4200), max_size=40)
@@ -182,6 +182,22 @@ def test_pieces_join_where_bytes_fall_back(fallback: Tokenizer, data: st.DataObj
     emoji = [3 + byte for byte in "😀".encode()]
     part = st.sampled_from([[i] for i in (*range(3), *range(259, 268), *emoji, 3 + 0x0A)] + [emoji, emoji[:3], [300]])
     ids = [i for some in data.draw(st.lists(part, max_size=12)) for i in some]
+    assert "".join(stream(fallback, ids)[0]) == fallback.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["a", "</s>", "▁b"],  # the space of `▁b` is dropped only at the beginning of the text
+        ["▁", "▁", "▁a", "</s>", "</s>", "▁"],
+        ["<0x61>", "</s>", "<0xFF>"],  # one run: the second byte makes the first invalid
+        ["<0xE4>", "<s>", "<0xB8>", "<0xAD>", "a"],
+        ["a", "�", "<0xE4>", "�", "b"],
+    ],
+    ids=str,
+)
+def test_neighbours_matter(fallback: Tokenizer, pieces: list[str]) -> None:
+    ids = [fallback.core.token_to_id(piece) for piece in pieces]
     assert "".join(stream(fallback, ids)[0]) == fallback.decode(ids)
 
 
@@ -215,9 +231,6 @@ def test_simpler_streams_are_wrong_on_these_texts(mutant: Callable[..., str], fa
     cases = [(REFERENCE, REFERENCE.encode(TEXT)[:-8]), (REFERENCE, REFERENCE.encode("ab😀")[:-1])]
     cases.append((fallback, fallback.encode("a b a b")))
     assert any(mutant(tokenizer, ids) != tokenizer.decode(ids) for tokenizer, ids in cases)
-
-
-# --- stop strings
 
 
 def cut(text: str, stops: list[str]) -> str:
@@ -274,11 +287,13 @@ def test_of_overlapping_stop_strings_the_first_to_end_wins() -> None:
         assert "".join(pieces) == "xa" and s.stopped == "bc"
         pieces, s = stream(REFERENCE, REFERENCE.encode("xabcd"), ["bc", "abc"], chunk)
         assert "".join(pieces) == "x" and s.stopped == "abc"
+    ids = REFERENCE.encode(" return")
+    assert len(ids) == 1, "within one token as between tokens"
+    pieces, s = stream(REFERENCE, ids, ["eturn", "tu"])
+    assert "".join(pieces) == " re" and s.stopped == "tu"
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""]])
 def test_an_empty_stop_string_is_refused(stop: Any) -> None:
-    if stop == "":
-        stop = [""]
     with pytest.raises(SmeltError, match="stop"):
         Stream(REFERENCE, stop)

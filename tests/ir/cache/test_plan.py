@@ -111,7 +111,7 @@ def test_with_site_replaces_one_layer():
     ("change", "message"),
     [
         ({"tail": None}, "set `tail`"),
-        ({"page": 48}, "keys affine.* page 48 keeps 48 tokens.* group"),
+        ({"page": 48}, "keys affine.*page 48 keeps 48 tokens.*group"),
         ({"select": Select("recency", 0.25)}, "page 64 keeps 16 tokens"),
         ({"tail": 16}, "closes groups of 32 tokens, but the tail keeps 16"),
         ({"heads": 3}, "3 query heads do not share 2 KV heads"),

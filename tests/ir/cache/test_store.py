@@ -51,7 +51,7 @@ def feed(cache: Cache, site: Site, k: torch.Tensor, v: torch.Tensor, first: int,
 
 def state(cache: Cache, site: Site, row: int = 0) -> dict[str, torch.Tensor]:
     """Everything that a row stores."""
-    segments, (sink, body, tail) = cache.segments[site.layer], cache.counts(site.layer)[row].tolist()
+    segments, (sink, body, tail) = cache.segments[site.layer], cache.counts(site.layer)[row, :3].tolist()
     pages = body // site.kept if site.kept else 0
     out = {"sink_k": segments.sink_k[row, :, :sink], "sink_v": segments.sink_v[row, :, :sink]}
     out |= {"tail_k": segments.tail_k[row, :, :tail], "tail_v": segments.tail_v[row, :, :tail]}
@@ -110,9 +110,7 @@ def test_ragged_rows_store_what_they_store_alone(site):
     lengths = [0, 1, 63, 40, LENGTH]
     k, v = tokens(site, rows=len(lengths))
     together = Cache(CachePlan((site,)), len(lengths), LENGTH)
-    together.begin(
-        torch.arange(LENGTH).expand(len(lengths), -1), torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
-    )
+    together.begin(torch.arange(LENGTH).expand(len(lengths), -1), torch.arange(LENGTH) < torch.tensor(lengths)[:, None])
     together.append(site.layer, k, v)
     together.commit([list(range(n)) + [-1] * (LENGTH - n) for n in lengths])
     together.end_prefill()
@@ -278,16 +276,16 @@ def test_selecting_rows_drops_and_copies_them():
 
 def test_room_is_the_least_of_all_sites_and_the_context():
     plan = CachePlan((PLAIN, CODED, replace(CODED, layer=2, page=24)))
-    cache = Cache(plan, 1, LENGTH)
-    assert cache.room() == [LENGTH]
-    cache.end_prefill()
-    assert cache.room() == [3 + 16 + 16]
-    for site in plan.sites:
+    for capacity, room in ((LENGTH, 4), (96, 1)):
+        cache = Cache(plan, 1, capacity)
+        assert cache.room() == [capacity]
+        cache.end_prefill()
+        assert cache.room() == [3 + 16 + 16]
         cache.begin(torch.arange(95)[None])
-    for site in plan.sites:
-        cache.append(site.layer, *tokens(site, 95))
-    cache.commit([list(range(95))])
-    assert cache.room() == [LENGTH - 95]
+        for site in plan.sites:
+            cache.append(site.layer, *tokens(site, 95))
+        cache.commit([list(range(95))])
+        assert cache.room() == [room]
 
 
 def test_a_context_beyond_the_capacity_is_refused():
@@ -325,5 +323,5 @@ def test_what_cannot_be_encoded_names_the_layer():
     k, v = tokens(site)
     k[0, 0, 7, 0] = 1e9
     feed(cache, site, k, v, 0, LENGTH)
-    with pytest.raises(SmeltError, match="cache of layer 1, pages 0 to 4: .*overflows float16"):
+    with pytest.raises(SmeltError, match=r"cache of layer 1, pages 0 to 4: .*overflows float16"):
         cache.end_prefill()

@@ -1,0 +1,401 @@
+"""The C++ text of attention over segments; `attention.py` fills in the shapes and the loaders of a cache site.
+
+out[t] = Σ_s exp(scale · q[t] · k[s] - ℓ[t]) · v[s] with ℓ the log-sum-exp over the tokens that query t sees: sinks, body,
+tail, and its new tokens. Float32 accumulation. A unit of work is a (row, KV head, chunk of tokens); it leaves a maximum,
+a sum and a weighted value per query, and a second pass merges the chunks.
+
+What a query reads is cut into tiles and chunks by its place in the query's own sequence: committed tail first, then the
+new tokens it sees, in order. So the arithmetic of a query does not depend on how many other queries or tokens the step
+brought, and a token verified in a tree gets the bits that it gets when decoded alone. `tile` must not be inlined: every
+tile of a kind then runs the same instructions.
+"""
+
+from __future__ import annotations
+
+from string import Template
+
+STRUCTS = """\
+#ifndef SMELT_ATTENTION
+#define SMELT_ATTENTION
+struct Buffers {                    // one layer of a cache
+  const void *sink_k, *sink_v;      // [B, G, sink, D], [B, G, sink, E]
+  const void *tail_k, *tail_v;      // [B, G, W, D], [B, G, W, E]; the step's new tokens lie behind the tail
+  const void *parts[8];            // body, keys before values: [B, G, P, ...]
+  const int32_t *places, *counts;   // [B, G, P * kept] positions; [B, 4] sink, body, tail, length
+  int64_t rows, width, pages;       // B, W, P
+};
+struct Call {
+  const float *q;                   // [B, H, T, D] by these strides; D is contiguous
+  int64_t q_row, q_head, q_token;
+  float *out;                       // [B, H, T, E] likewise
+  int64_t out_row, out_head, out_token;
+  int64_t tokens;                   // T
+  const int64_t *positions;         // [B, T]
+  const uint64_t *visible;          // [B, T, ceil(T / 64)]: which new tokens a new token sees
+  const float *sinks;               // [H], or null
+  float *work;                      // for every chunk and QUERIES queries at a time: H * (padded E + 2)
+  float scale, softcap;             // softcap 0: none
+  int32_t threads;
+};
+
+static inline f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
+  return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
+}
+static inline f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
+static inline float top(f32x16 v) {
+  float s[16];
+  memcpy(s, &v, sizeof v);
+  for (int w = 8; w; w /= 2)
+    for (int i = 0; i < w; i++) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
+  return s[0];
+}
+// e^x for x <= 88, to 2 ulp; below -87 it stays at e^-87, which no float32 sum next to a 1 notices
+static inline f32x16 exponential(f32x16 x) {
+  x = larger(x, splat(-87.0f));
+  f32x16 shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
+  f32x16 whole = shifted - 12582912.0f;
+  f32x16 f = x - whole * 0.693145752f - whole * 1.42860677e-6f;
+  f32x16 p = f * (1.0f / 5040) + 1.0f / 720;
+  p = p * f + 1.0f / 120;
+  p = p * f + 1.0f / 24;
+  p = p * f + 1.0f / 6;
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+}
+static inline float exponential(float x) { return exponential(splat(x))[0]; }
+static inline f32x16 tangent(f32x16 x) {  // tanh, to 1e-7 absolute
+  f32x16 e = exponential(larger(splat(-9.0f), -larger(splat(-9.0f), -x)) * 2.0f);
+  return (e - 1.0f) / (e + 1.0f);
+}
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+static inline f32x16 sums(const f32x16* a) {  // lane i: the sum of a[i], each in the same order
+  f32x16 b[8], c[4], d[2];
+  for (int i = 0; i < 8; i++)
+    b[i] = PICK(a[i], a[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           PICK(a[i], a[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  for (int i = 0; i < 4; i++)
+    c[i] = PICK(b[i], b[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           PICK(b[i], b[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int i = 0; i < 2; i++)
+    d[i] = PICK(c[i], c[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           PICK(c[i], c[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return PICK(d[0], d[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         PICK(d[0], d[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+#undef PICK
+
+struct Seen {  // the new tokens that a query sees, in order
+  const uint64_t* word;
+  uint64_t bits;
+  int64_t base, count;
+  Seen(const uint64_t* words, int64_t n) : word(words), bits(words[0]), base(0), count(0) {
+    for (int64_t i = 0; i < n; i++) count += __builtin_popcountll(words[i]);
+  }
+  int64_t next() {
+    while (!bits) bits = *++word, base += 64;
+    int64_t j = base + __builtin_ctzll(bits);
+    bits &= bits - 1;
+    return j;
+  }
+};
+#endif
+"""
+
+KERNEL = Template("""\
+namespace ${name}_of {
+constexpr int64_t H = $heads, G = $groups, R = H / G, D = $key_dim, E = $value_dim, SINK = $sink, KEPT = $kept;
+constexpr int64_t DP = (D + 15) / 16 * 16, EP = (E + 15) / 16 * 16;  // rows padded to whole vectors
+constexpr int64_t TILE = 32, BODY = $body, CHUNK = $chunk, PAGES = $pages, QUERIES = $queries, WINDOW = $window;
+constexpr int64_t STATE = QUERIES * R * (EP + 2);
+typedef $dense dense;
+
+static inline void key_row(const dense* x, float* y) {
+$dense_keys
+}
+static inline void value_row(const dense* x, float* y) {
+$dense_values
+}
+
+// acc += Σ_n p[n] * v[n] over W vectors from column e
+template <int W> static inline void mix(const float* p, const float* const* v, int count, int64_t e, float* acc, float add) {
+  f32x16 o[W];
+  for (int w = 0; w < W; w++) o[w] = load<f32x16>(acc + e + 16 * w) + add;
+  for (int n = 0; n < count; n++)
+    for (int w = 0; w < W; w++) o[w] += p[n] * load<f32x16>(v[n] + e + 16 * w);
+  for (int w = 0; w < W; w++) store(acc + e + 16 * w, o[w]);
+}
+template <int64_t N> static inline void mix_all(const float* p, const float* const* v, int count, int64_t e, float* acc, float add) {
+  int64_t i = 0;
+  for (; i + 4 <= N; i += 4) mix<4>(p, v, count, e + 16 * i, acc, add);
+  if (N % 4 & 2) mix<2>(p, v, count, e + 16 * i, acc, add), i += 2;
+  if (N % 4 & 1) mix<1>(p, v, count, e + 16 * i, acc, add);
+}
+
+// One tile of at most 32 tokens for the R heads of one query. k, v: rows; those from `count` up to whole vectors must be
+// readable, `live` masks them. SPANS > 0: values are codes, and columns of one span share a[span][n] and z[span][n] with
+// value = a * code + z; the factor goes to the weights instead.
+template <int64_t SPANS>
+__attribute__((noinline)) void tile(
+    const float* q, const float* shift, const float* const* k, const float* const* v, const float* a, const float* z,
+    int count, uint32_t live, float softcap, float* acc, float* most, float* total) {
+  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int halves = (count + 15) / 16;
+  for (int64_t r = 0; r < R; r++, q += DP, acc += EP) {
+    f32x16 s[2], p[2];
+    i32x16 mask[2];
+    f32x16 highest = splat(-__builtin_inff());
+    for (int h = 0; h < halves; h++) {
+      f32x16 dots[16];
+      for (int i = 0; i < 16; i++) {
+        const float* row = k[16 * h + i];
+        f32x16 x = load<f32x16>(q) * load<f32x16>(row);
+        for (int64_t d = 16; d < DP; d += 16) x += load<f32x16>(q + d) * load<f32x16>(row + d);
+        dots[i] = x;
+      }
+      s[h] = sums(dots) + shift[r];
+      if (softcap > 0) s[h] = tangent(s[h] / softcap) * softcap;
+      mask[h] = -((((int32_t)(live >> (16 * h)) - i32x16{}) >> lane) & 1);
+      s[h] = choose(mask[h], s[h], splat(-__builtin_inff()));
+      highest = larger(highest, s[h]);
+    }
+    float peak = top(highest), old = most[r];
+    if (peak > old) {
+      float shrink = exponential(old - peak);
+      most[r] = peak;
+      total[r] *= shrink;
+      for (int64_t e = 0; e < EP; e += 16) store(acc + e, load<f32x16>(acc + e) * shrink);
+    }
+    alignas(64) float weight[32];
+    for (int h = 0; h < halves; h++) {
+      p[h] = (f32x16)((i32x16)exponential(s[h] - most[r]) & mask[h]);
+      total[r] += sum(p[h]);
+      store(weight + 16 * h, p[h]);
+    }
+    if (SPANS == 0) mix_all<EP / 16>(weight, v, count, 0, acc, 0.0f);
+    for (int64_t span = 0; span < SPANS; span++) {
+      alignas(64) float scaled[32];
+      float add = 0;
+      for (int h = 0; h < halves; h++) {
+        store(scaled + 16 * h, p[h] * load<f32x16>(a + 32 * span + 16 * h));
+        add += sum(p[h] * load<f32x16>(z + 32 * span + 16 * h));
+      }
+      constexpr int64_t WIDE = EP / (SPANS ? SPANS : 1);
+      mix_all<WIDE / 16>(scaled, v, count, span * WIDE, acc, add);
+    }
+  }
+}
+
+struct Rows {  // the rows of one tile, converted where they must be
+  alignas(64) float kb[TILE * DP], vb[TILE * EP];
+  const float *k[TILE], *v[TILE];
+  void take(int i, const void* keys, const void* values, int64_t row) {
+    const dense *key = (const dense*)keys + row * D, *value = (const dense*)values + row * E;
+    if ($direct) {
+      k[i] = (const float*)key, v[i] = (const float*)value;
+      return;
+    }
+    key_row(key, kb + i * DP), value_row(value, vb + i * EP);
+    k[i] = kb + i * DP, v[i] = vb + i * EP;
+  }
+  void pad(int count) {  // rows that vectors of tokens read but `live` masks
+    for (int i = count; i % 16; i++) k[i] = k[0], v[i] = v[0];
+  }
+};
+
+struct Unit {  // what one unit of work reads and writes
+  const Buffers& at;
+  const Call& call;
+  int64_t b, g, t0, queries;
+  alignas(64) float q[QUERIES][R][DP];
+  const uint64_t* seen[QUERIES];
+  int64_t oldest;  // no query of the unit sees a position below it
+  float *acc, *most, *total;
+
+  Unit(const Buffers& at, const Call& call, int64_t b, int64_t g, int64_t t0, int64_t queries, float* state)
+      : at(at), call(call), b(b), g(g), t0(t0), queries(queries), oldest(INT64_MAX),
+        acc(state), most(state + QUERIES * R * EP), total(most + QUERIES * R) {
+    for (int64_t t = 0; t < queries; t++) {
+      seen[t] = call.visible + (b * call.tokens + t0 + t) * ((call.tokens + 63) / 64);
+      if (position(t) - WINDOW + 1 < oldest) oldest = position(t) - WINDOW + 1;
+      for (int64_t r = 0; r < R; r++) {
+        const float* x = call.q + b * call.q_row + (g * R + r) * call.q_head + (t0 + t) * call.q_token;
+        for (int64_t d = 0; d < D; d++) q[t][r][d] = x[d] * call.scale;
+        for (int64_t d = D; d < DP; d++) q[t][r][d] = 0;
+      }
+    }
+    for (int64_t i = 0; i < queries * R * EP; i++) acc[i] = 0;
+    for (int64_t i = 0; i < queries * R; i++) most[i] = -__builtin_inff(), total[i] = 0;
+  }
+  int64_t position(int64_t t) const { return call.positions[b * call.tokens + t0 + t]; }
+  bool real(int64_t t) const { return seen[t][(t0 + t) / 64] >> ((t0 + t) % 64) & 1; }
+  const int32_t* counts() const { return at.counts + 4 * b; }
+
+  void dense_tile(int64_t t, const Rows& rows, int count, uint32_t live) {
+    static const float zeros[R] = {};
+    if (live) tile<0>(q[t][0], zeros, rows.k, rows.v, 0, 0, count, live, call.softcap, acc + t * R * EP, most + t * R, total + t * R);
+  }
+  // tokens at consecutive positions from `first` on that query t still sees
+  uint32_t within(int64_t t, int64_t first, int count) const {
+    uint32_t live = ~0u >> (32 - count);
+    if (!WINDOW) return live;
+    int64_t gone = position(t) - WINDOW + 1 - first;
+    return gone <= 0 ? live : gone >= count ? 0 : live & ~0u << gone;
+  }
+
+  void sink() {
+    if (WINDOW && oldest >= SINK) return;
+    Rows rows;
+    for (int64_t first = 0; first < SINK; first += TILE) {
+      int count = SINK - first < TILE ? SINK - first : TILE;
+      for (int i = 0; i < count; i++) rows.take(i, at.sink_k, at.sink_v, (b * G + g) * SINK + first + i);
+      rows.pad(count);
+      for (int64_t t = 0; t < queries; t++)
+        if (real(t)) dense_tile(t, rows, count, within(t, first, count));
+    }
+  }
+
+$body_scan
+
+  void tail(int64_t first, int64_t last) {
+    Rows rows;
+    const int64_t kept = counts()[2], start = counts()[3] - kept, whole = kept / TILE * TILE;
+    for (int64_t l = first; l < last && l < whole; l += TILE) {
+      if (WINDOW && start + l + TILE <= oldest) continue;
+      for (int i = 0; i < TILE; i++) rows.take(i, at.tail_k, at.tail_v, (b * G + g) * at.width + l + i);
+      for (int64_t t = 0; t < queries; t++)
+        if (real(t)) dense_tile(t, rows, TILE, within(t, start + l, TILE));
+    }
+    for (int64_t t = 0; t < queries; t++) {  // from the first tile on that new tokens share, each query has its own
+      if (!real(t)) continue;
+      Seen sees(seen[t], (call.tokens + 63) / 64);
+      int64_t l = first > whole ? first : whole, end = kept + sees.count < last ? kept + sees.count : last;
+      for (int64_t i = kept; i < l; i++) sees.next();
+      for (; l < end; l += TILE) {
+        int count = end - l < TILE ? end - l : TILE;
+        uint32_t live = ~0u >> (32 - count);
+        for (int i = 0; i < count; i++) {
+          int64_t slot = l + i, place = start + l + i;
+          if (slot >= kept) {
+            int64_t j = sees.next();
+            slot = kept + j, place = call.positions[b * call.tokens + j];
+          }
+          rows.take(i, at.tail_k, at.tail_v, (b * G + g) * at.width + slot);
+          if (WINDOW && position(t) - place >= WINDOW) live &= ~(1u << i);
+        }
+        rows.pad(count);
+        dense_tile(t, rows, count, live);
+      }
+    }
+  }
+};
+
+static inline int64_t body_chunks(const int32_t* counts) { return KEPT ? (counts[1] / (KEPT ? KEPT : 1) + PAGES - 1) / PAGES : 0; }
+
+// out of one query and head, from what its chunks left
+static inline void merge(const Buffers& at, const Call& call, int64_t b, int64_t h, int64_t t, int64_t slot, int64_t chunks, const float* states) {
+  const int64_t in = slot * R + h % R;
+  float *out = call.out + b * call.out_row + h * call.out_head + t * call.out_token, most = -__builtin_inff(), total = 0;
+  alignas(64) float mixed[EP] = {};
+  bool real = false;
+  for (int64_t c = 0; c < chunks; c++) {
+    const float *state = states + c * STATE, m = state[QUERIES * R * EP + in];
+    most = m > most ? m : most;
+    real |= state[QUERIES * R * (EP + 1) + in] != 0;
+  }
+  if (real && call.sinks) {
+    most = call.sinks[h] > most ? call.sinks[h] : most;
+    total = exponential(call.sinks[h] - most);
+  }
+  for (int64_t c = 0; c < chunks; c++) {
+    const float *state = states + c * STATE, part = state[QUERIES * R * (EP + 1) + in];
+    if (part == 0) continue;
+    float factor = exponential(state[QUERIES * R * EP + in] - most);
+    total += part * factor;
+    for (int64_t e = 0; e < EP; e += 16) store(mixed + e, load<f32x16>(mixed + e) + load<f32x16>(state + in * EP + e) * factor);
+  }
+  for (int64_t e = 0; e < E; e++) out[e] = real ? mixed[e] / total : 0;
+}
+
+static void run(const Buffers& at, const Call& call) {
+  int64_t chunks = 0, tokens = 0;
+  for (int64_t b = 0; b < at.rows; b++) {
+    const int32_t* counts = at.counts + 4 * b;
+    int64_t n = body_chunks(counts) + (counts[2] + call.tokens + CHUNK - 1) / CHUNK;
+    chunks = n > chunks ? n : chunks;
+    tokens += counts[0] + counts[1] + counts[2] + call.tokens;
+  }
+  for (int64_t t0 = 0; t0 < call.tokens; t0 += QUERIES) {
+    const int64_t queries = call.tokens - t0 < QUERIES ? call.tokens - t0 : QUERIES, units = at.rows * G * chunks;
+    // below some 10^5 products a second thread costs more than it brings
+    const bool parallel = units > 1 && tokens * queries * H * (D + E) > 200000;
+#pragma omp parallel num_threads(call.threads) if (parallel)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < units; i++) {
+        const int64_t b = i / (G * chunks), g = i / chunks % G, c = i % chunks, body = body_chunks(at.counts + 4 * b);
+        Unit unit(at, call, b, g, t0, queries, call.work + i * STATE);
+        if (c == 0 && SINK && at.counts[4 * b]) unit.sink();
+        if (c < body) unit.body(c);
+        else unit.tail((c - body) * CHUNK, (c - body + 1) * CHUNK);
+      }
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < at.rows * H * queries; i++) {
+        const int64_t b = i / (H * queries), h = i / queries % H, slot = i % queries;
+        merge(at, call, b, h, t0 + slot, slot, chunks, call.work + (b * G + h / R) * chunks * STATE);
+      }
+    }
+  }
+}
+}  // namespace ${name}_of
+
+extern "C" void $name(const Buffers* at, const Call* call) { ${name}_of::run(*at, *call); }
+""")
+
+BODY = Template("""\
+  void body(int64_t c) {
+    constexpr int64_t SPANS = $spans;
+    constexpr bool FOLD = $fold, SHIFT = $zero;  // the scale, and the zero, of a tile's keys go to the query
+    const int64_t used = counts()[1] / KEPT, end = (c + 1) * PAGES < used ? (c + 1) * PAGES : used;
+    alignas(64) float kb[BODY * DP], vb[BODY * EP], a[SPANS * 32 + 1] = {}, z[SPANS * 32 + 1] = {};
+    alignas(64) float key_scale[DP], key_zero[DP], scaled[R][DP], shift[R] = {};
+    const float *k[TILE], *v[TILE];
+    for (int i = 0; i < TILE; i++) k[i] = kb + i % BODY * DP, v[i] = vb + i % BODY * EP;
+    for (int64_t page = c * PAGES; page < end; page++) {
+      const int64_t slice = (b * G + g) * at.pages + page;
+$pointers
+      for (int64_t j = 0; j < (KEPT + BODY - 1) / BODY; j++) {
+        const int count = KEPT - j * BODY < BODY ? KEPT - j * BODY : BODY;
+        const int32_t* place = WINDOW ? at.places + slice * KEPT + j * BODY : 0;
+        if (WINDOW && place[count - 1] < oldest) continue;
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t n = j * BODY + i;
+          float *key = kb + i * DP, *value = vb + i * EP;
+$decode
+        }
+$prepare
+        for (int64_t t = 0; t < queries; t++) {
+          if (!real(t)) continue;
+          uint32_t live = ~0u >> (32 - count);
+          if (WINDOW)
+            for (int i = 0; i < count; i++)
+              if (position(t) - place[i] >= WINDOW) live &= ~(1u << i);
+          if (!live) continue;
+          if (FOLD)
+            for (int64_t r = 0; r < R; r++) {
+              f32x16 constant = {};
+              for (int64_t d = 0; d < DP; d += 16) {
+                store(scaled[r] + d, load<f32x16>(q[t][r] + d) * load<f32x16>(key_scale + d));
+                if (SHIFT) constant += load<f32x16>(q[t][r] + d) * load<f32x16>(key_zero + d);
+              }
+              if (SHIFT) shift[r] = sum(constant);
+            }
+          tile<SPANS>(FOLD ? scaled[0] : q[t][0], shift, k, v, a, z, count, live, call.softcap,
+                      acc + t * R * EP, most + t * R, total + t * R);
+        }
+      }
+    }
+  }""")
+
+EMPTY_BODY = "  void body(int64_t) {}"

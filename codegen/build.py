@@ -1,0 +1,121 @@
+"""Builds generated C++ into shared libraries, once: a library is found again by its source, compiler, flags and CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..ir.errors import SmeltError
+from .compiler import FLAGS, Compiler, cpu, find
+
+OPENMP = "-fopenmp"
+_PROBE = """\
+extern "C" void probe(float* y, long count, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long i = 0; i < count; i++) y[i] = 1;
+}
+"""
+
+
+def cache() -> Path:
+    """Where built kernels lie: $SMELT_CACHE, or ~/.cache/smelt."""
+    return Path(os.environ.get("SMELT_CACHE") or Path.home() / ".cache" / "smelt").expanduser()
+
+
+def threads() -> int:
+    """Threads for a kernel: the CPUs this process may use, or fewer by $SMELT_THREADS."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("SMELT_THREADS", "")
+    if asked and not (asked.isdecimal() and int(asked) > 0):
+        raise SmeltError(f"SMELT_THREADS is '{asked}'; give a count of threads, such as 2, or unset it")
+    return min(int(asked), usable) if asked else usable
+
+
+def build(source: str, name: str) -> ctypes.CDLL:
+    """The library of a C++ source; `name` makes its folder readable. Compiles only what the cache does not hold.
+
+    Without OpenMP in the compiler (ziglang has none) the same source runs on one thread. Two processes may build the
+    same source at once: whole folders are moved into place, and the first one stays.
+    Raises SmeltError with the compiler's first lines, or naming a damaged folder.
+    """
+    compiler = find()
+    return _load(_build(compiler, (*FLAGS, OPENMP) if has_openmp(compiler) else FLAGS, source, name))
+
+
+def source_of(library: ctypes.CDLL) -> str:
+    """The C++ source that a library from `build` was compiled from."""
+    return Path(library._name).with_name("kernel.cpp").read_text()
+
+
+def has_openmp(compiler: Compiler) -> bool:
+    """Whether the compiler's OpenMP code loads here: tried once, then read from the cache."""
+    digest = hashlib.sha256(f"{compiler}\0{cpu()}".encode()).hexdigest()[:16]
+    verdict = cache() / "compilers" / f"openmp-{digest}"
+    if not verdict.exists():
+        verdict.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=verdict.parent) as work:
+            answer = "yes" if _loads(compiler, (*FLAGS, OPENMP), Path(work) / "with") else "no"
+            if answer == "no" and not _loads(compiler, FLAGS, Path(work) / "without"):
+                return False  # the compiler fails altogether: no verdict, the kernel's own build says why
+            (Path(work) / "verdict").write_text(answer)
+            os.replace(Path(work) / "verdict", verdict)
+    return verdict.read_text() == "yes"
+
+
+def _loads(compiler: Compiler, flags: tuple[str, ...], stem: Path) -> bool:
+    source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+    source.write_text(_PROBE)
+    if compiler.run(source, library, flags).returncode != 0:
+        return False
+    try:
+        ctypes.CDLL(str(library))
+    except OSError:  # zig links a library against no OpenMP runtime and only loading it tells
+        return False
+    return True
+
+
+def _build(compiler: Compiler, flags: tuple[str, ...], source: str, name: str) -> Path:
+    """The folder that holds `kernel.cpp`, `kernel.so` and the hash of the latter."""
+    key = hashlib.sha256("\0".join([source, str(compiler), *flags, cpu()]).encode()).hexdigest()
+    kernels = cache() / "kernels"
+    folder = kernels / f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}-{key[:16]}"
+    if folder.exists():
+        return folder
+    kernels.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".building-", dir=kernels))
+    try:
+        (work / "kernel.cpp").write_text(source)
+        result = compiler.run(work / "kernel.cpp", work / "kernel.so", flags)
+        if result.returncode != 0:
+            kept = kernels / f"{folder.name}.failed.cpp"
+            os.replace(work / "kernel.cpp", kept)
+            said = "\n".join((result.stderr or result.stdout).strip().splitlines()[:12])
+            raise SmeltError(f"{compiler} failed on kernel '{name}' (source kept in {kept}):\n{said}")
+        (work / "kernel.sha256").write_text(_digest(work / "kernel.so"))
+        try:
+            os.rename(work, folder)
+        except OSError:
+            if not folder.exists():  # else another process was first, and its build is the same
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _load(folder: Path) -> ctypes.CDLL:
+    library, digest = folder / "kernel.so", folder / "kernel.sha256"
+    if not library.exists() or not digest.exists() or _digest(library) != digest.read_text():
+        raise SmeltError(f"the cached kernel {library} is damaged; delete {folder} and it is built anew")
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise SmeltError(f"the kernel {library} does not load: {error}; delete {folder} to build it anew") from error
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

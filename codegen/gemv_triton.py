@@ -1,0 +1,111 @@
+"""Matrix times few vectors on a GPU, in Triton: `y[M, N] = x[M, K] @ W[N, K]^T (+ bias[N])`, W in any encoding.
+
+The encoding's tile expression is spliced into the loader of W. One program computes BLOCK_N outputs of one row of x, walks
+K in tiles of BLOCK_K and accumulates in float32; a row's result therefore does not depend on the batch that it is in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import sympy
+
+from ..ir.encoding import Encoding
+from ..ir.encoding.expr import loads
+from ..ir.errors import SmeltError
+from .build import cache
+from .printers import triton as printer
+
+K = sympy.Symbol("K", integer=True, positive=True)
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8", "uint8": "*u8"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Outputs and columns a step, and warps; both tile sides are powers of two."""
+
+    block_n: int = 16
+    block_k: int = 256
+    warps: int = 4
+
+
+def source(encoding: Encoding) -> str:
+    """The kernel `gemv` as a Python module; raises SmeltError for an encoding whose values are not float32."""
+    expr = encoding.expr((None, K))
+    if expr.dtype != "float32":
+        raise SmeltError(f"gemv does not cover {encoding}: its values are {expr.dtype}, not float32")
+    return _TEMPLATE.format(
+        encoding=encoding,
+        parts=", ".join(_parts(encoding)),
+        value=printer.text(expr, row_mask="n < N", column_mask="k < K"),
+    )
+
+
+def signature(encoding: Encoding, bias: bool) -> dict[str, str]:
+    """Triton's type of every argument of the kernel, for compiling ahead of time."""
+    return {
+        **{part: POINTERS[dtype] for part, dtype in _parts(encoding).items()},
+        "x": "*fp32", "y": "*fp32", "bias": "*fp32" if bias else "constexpr",
+        "N": "i32", "K": "i32", "HAS_BIAS": "constexpr", "BLOCK_N": "constexpr", "BLOCK_K": "constexpr",
+    }  # fmt: skip
+
+
+def kernel(encoding: Encoding) -> Any:
+    """The `triton.jit` function, called as `kernel[(tiles of N, M)](*parts, x, y, bias, N, K, HAS_BIAS=…, …)`."""
+    return _module(source(encoding)).gemv
+
+
+def _parts(encoding: Encoding) -> dict[str, str]:
+    return {load.part: load.dtype for load in loads(encoding.expr((None, K)))}
+
+
+def _module(text: str) -> ModuleType:
+    """Triton reads a kernel's source from its file, so the text becomes one, named by its content."""
+    path = cache() / "triton" / f"gemv_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    return _import(path)
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise SmeltError(f"cannot import the generated kernel {path}; delete it and it is written anew")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_TEMPLATE = '''\
+"""y[M, N] = x[M, K] @ W[N, K]^T (+ bias), W stored as {encoding}"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gemv({parts}, x, y, bias, N, K, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    m = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = rows[:, None]
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        k = columns[None, :]
+        w = {value}
+        v = tl.load(x + m * K + columns, mask=columns < K, other=0)
+        acc += tl.sum(w * v[None, :], axis=1)
+    if HAS_BIAS:
+        acc += tl.load(bias + rows, mask=rows < N, other=0)
+    tl.store(y + m * N + rows, acc, mask=rows < N)
+'''

@@ -1,0 +1,145 @@
+"""Kernels behind one interface: generated C++, out-variants of ATen ops, and the reference as the last resort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from ..ir.ops import Op
+from ..ir.weight import Weight
+from . import gemv
+from .plan import Out
+from .rows import RowKernel, Run, strided_ok
+
+
+@dataclass(frozen=True)
+class LinearKernel:
+    """`linear` by the generated GEMV: every row in one order, so that T = 1 and a tree agree to the bit."""
+
+    weight: Weight
+
+    @property
+    def name(self) -> str:
+        return gemv.name(self.weight.encoding)
+
+    @property
+    def source(self) -> str:
+        return gemv.source(self.weight.encoding)
+
+    @cached_property
+    def _bound(self) -> Callable[..., None]:
+        return gemv.Gemv(self.weight.encoding).bind(self.weight.parts, self.weight.shape)
+
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if args["x"].is_contiguous() else ("x",)
+
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
+        assert isinstance(out, torch.Tensor)
+        n, k = self.weight.shape
+        x, y = args["x"].view(-1, k), out.view(-1, n)
+        if x.shape[0] > MANY:
+            return partial(_matmul, self.weight, x, y, args.get("bias"))
+        return partial(self._bound, x, y, args.get("bias"))
+
+
+MANY = 128  # rows from which decoding a weight once and a library product beat the GEMV; prefill only, never a tree
+
+
+def _matmul(weight: Weight, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
+    torch.mm(x, weight.dense().t(), out=y)
+    if bias is not None:
+        y.add_(bias)
+
+
+@dataclass(frozen=True)
+class RowOp:
+    """A dialect op by a row-wise C++ kernel."""
+
+    op: Op
+    kernel: RowKernel
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    @property
+    def source(self) -> str:
+        return self.kernel.source
+
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        return strided_ok(self.op, args)
+
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
+        assert isinstance(out, torch.Tensor)
+        return self.kernel.bind(args, out)
+
+
+@dataclass(frozen=True)
+class AtenOut:
+    """An ATen op through its out-variant, which writes into a planned buffer."""
+
+    overload: Any
+    out_names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"aten.{self.overload._schema.name.removeprefix('aten::')}.{self.overload._overloadname}"
+
+    @property
+    def source(self) -> str:
+        return str(self.overload._schema)
+
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
+        outs = out if isinstance(out, tuple) else (out,)
+        return partial(self.overload, **args, **dict(zip(self.out_names, outs, strict=True)))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An op by its plain PyTorch meaning and a copy: right, but it allocates, and weights are decoded on each call."""
+
+    function: Callable[..., Any]
+    label: str
+
+    @property
+    def name(self) -> str:
+        return f"torch.{self.label}"
+
+    @property
+    def source(self) -> str:
+        return f"reference of {self.label}"
+
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
+        def run() -> None:
+            fresh = {k: a.dense() if isinstance(a, Weight) else a for k, a in args.items()}
+            results = self.function(**fresh)
+            if isinstance(out, tuple):
+                for buffer, result in zip(out, results, strict=True):
+                    buffer.copy_(result)
+            else:
+                out.copy_(results)
+
+        return run
+
+
+def out_variant(overload: Any) -> AtenOut | None:
+    """The out-variant of an ATen overload with the same arguments, or None."""
+    wanted = [(a.name, str(a.type)) for a in overload._schema.arguments]
+    packet = overload.overloadpacket
+    for name in packet.overloads():
+        candidate = getattr(packet, name)
+        outs = [a.name for a in candidate._schema.arguments if a.is_out]
+        ins = [(a.name, str(a.type)) for a in candidate._schema.arguments if not a.is_out]
+        if outs and ins == wanted:
+            return AtenOut(candidate, tuple(outs))
+    return None

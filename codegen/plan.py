@@ -1,0 +1,62 @@
+"""The plan: which kernel runs each node of a Program on a target, and why. The runtime only binds and calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+
+from ..ir.program import Program
+from .rows import Run
+
+Target = Literal["cpp", "torch"]
+Out: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class Kernel(Protocol):
+    """A way to compute one node; `bind` fixes all addresses and returns a call without arguments."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str:
+        """The generated source, or the name of the library call."""
+        ...
+
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of tensor arguments that must be copied to be contiguous first."""
+        ...
+
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of one node and the reason; `fallback`: the target has no kernel of its own for it."""
+
+    kernel: Kernel
+    why: str
+    fallback: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A lowered Program. Nodes without a choice are views, sizes, inputs and weights: they cost nothing in a step.
+
+    `encoded[node]` names the arguments that a node's kernel takes as stored weights, not as decoded tensors.
+    """
+
+    program: Program
+    target: Target
+    choices: Mapping[str, Choice]
+    encoded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """One row a node: node, kernel, why, fallback; for `lm.kernels` and `smelt inspect`."""
+        return [
+            {"node": node, "kernel": c.kernel.name, "why": c.why, "fallback": c.fallback}
+            for node, c in self.choices.items()
+        ]

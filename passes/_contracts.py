@@ -1,0 +1,24 @@
+"""Contracts that passes of several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..ir.program import Program
+from .base import decoder_only
+
+
+def cached_decoder(program: Program) -> Iterator[str]:
+    """The contract of passes that act on the decode step: a decoder whose attention goes through a cache plan."""
+    yield from decoder_only(program)
+    if program.cache is None:
+        yield f"{program.name} must have a cache plan, but has none: put cache.insert in front"
+
+
+def no_drafter(program: Program) -> Iterator[str]:
+    """The contract of passes that choose a drafter: a decode loop has one."""
+    if program.decode is not None:
+        yield (
+            f"{program.name} must not have a drafter yet, but already decodes by {program.decode.drafter}"
+            f"{program.changed_by('decode')}: keep one of the two steps"
+        )

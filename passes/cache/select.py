@@ -1,0 +1,127 @@
+"""Keeps a fraction of the tokens that leave the tail (A Simple and Effective L2 Norm-Based Strategy for KV Cache, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import fx
+
+from ...ir import cache
+from ...ir.errors import SmeltError
+from ...ir.ops import CACHED_ATTENTION, LAYER_NORM, LINEAR, RMS_NORM, arguments, is_op
+from ...ir.program import Program
+from .._contracts import cached_decoder
+from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._sites import PAGE, SINK, TAIL, changed, faults, stored
+
+
+@dataclass(frozen=True)
+class Select(Pass):
+    """Of every page of tokens that leaves the tail, each KV head keeps some for itself; the others are gone.
+
+    score: `key_norm` keeps the keys of the lowest L2 norm, `recency` the newest of the page.
+    keep: fraction of a page that survives.
+    budget: most tokens per KV head beyond sinks and tail; the oldest pages go first (null: no limit, 0: none).
+    sink: first tokens of a sequence, which always stay.
+    tail: newest tokens, which stay until they are older.
+    page: tokens that leave together.
+    skip_layers: layers that keep every token.
+
+    Deviations: the paper prunes once a prompt is read and has no protected tail; here pages leave at decode time too,
+    and sinks and tail are protected, because a plain norm rule drops the tokens that are being written about.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    effects: ClassVar[frozenset[Effect]] = frozenset({"numerics", "cache"})
+
+    score: Literal["key_norm", "recency"] = "key_norm"
+    keep: float = 0.5
+    budget: int | None = None
+    sink: int = SINK
+    tail: int = TAIL
+    page: int = PAGE
+    skip_layers: tuple[int, ...] = (0, 1)  # where low norm does not go with high attention (section 3 of the paper)
+
+    def __post_init__(self) -> None:
+        cache.Select(self.score, self.keep, self.budget)  # refuses what no site could follow
+        if self.keep == 1.0 and self.budget is None:
+            raise SmeltError("keep 1.0 without a budget drops no token: lower keep, set a budget, or leave the step out")
+
+    def requires(self, program: Program) -> Iterator[str]:
+        """A cache plan whose sites are not selected from yet and whose pages are not closed by per-channel codes."""
+        yield from cached_decoder(program)
+        if program.cache is None:
+            return
+        layers = [site.layer for site in program.cache.sites]
+        unknown = sorted(set(self.skip_layers) - set(layers))
+        if unknown:
+            yield f"skip_layers names layer {unknown[0]}, but the cache has the layers {layers[0]} to {layers[-1]}"
+        sites, since = self._sites(program.cache), program.changed_by("cache")
+        if not sites:
+            yield f"skip_layers leaves none of the layers {layers[0]} to {layers[-1]} to select from"
+        for site in sites:
+            if site.select is not None:
+                yield (
+                    f"layer {site.layer} must keep every token, but already keeps {site.select.keep:g} of them by "
+                    f"{site.select.score}{since}: put both into one cache.select"
+                )
+                return
+            for role, encoding in (("keys", site.keys), ("values", site.values)):
+                if getattr(encoding, "axis", None) == "channel":
+                    yield (
+                        f"token-granular selection must come before {role} are stored per channel"
+                        f"{f' ({since.strip()})' if since else ''}: move cache.select in front"
+                    )
+                    return
+        yield from faults(sites, self._selected)
+
+    def apply(self, program: Program, samples: Samples | None) -> Outcome:
+        """Set the selection of every site that is not skipped."""
+        assert program.cache is not None
+        sites = self._sites(program.cache)
+        skipped = {
+            f"layer {site.layer}": "named in skip_layers" for site in program.cache.sites if site not in sites
+        }
+        program.cache = changed(program.cache, sites, self._selected)
+        program.touch("cache")
+        notes = stored(program)
+        if self.score == "key_norm" and (strange := _strange_norms(program)):
+            notes["key_norm"] = strange
+        return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped, notes)
+
+    def _sites(self, plan: cache.CachePlan) -> list[cache.Site]:
+        return [site for site in plan.sites if site.layer not in self.skip_layers]
+
+    def _selected(self, site: cache.Site) -> cache.Site:
+        select = cache.Select(self.score, self.keep, self.budget)
+        return replace(site, select=select, sink=self.sink, tail=self.tail, page=self.page)
+
+
+def _strange_norms(program: Program) -> str | None:
+    """Why the norm of a key says less about attention in this model than in those of the paper, or None."""
+    normed, biased = 0, 0
+    for node in program.calls(CACHED_ATTENTION):
+        source = _source(arguments(node)["key"])
+        normed += is_op(source, RMS_NORM, LAYER_NORM)
+        biased += is_op(source, LINEAR) and arguments(source)["bias"] is not None
+    if normed:
+        return f"keys of {normed} layers are normalised before they are stored, so that their norms differ little"
+    if biased:
+        return f"keys of {biased} layers carry a bias, which is part of their norm"
+    return None
+
+
+_PASSED = (torch.ops.aten.transpose.int, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+
+
+def _source(key: fx.Node) -> fx.Node:
+    """The norm or projection that a key comes from: behind rotations, views and whatever else takes one tensor."""
+    while not is_op(key, RMS_NORM, LAYER_NORM, LINEAR):
+        first = key.args[0] if key.args else None
+        if not isinstance(first, fx.Node):
+            return key
+        key = first
+    return key

@@ -1,0 +1,113 @@
+"""Heads that guess the tokens after the next one (Medusa: Simple LLM Inference Acceleration … Decoding Heads, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from ...ir.decode import DecodePlan
+from ...ir.errors import SmeltError
+from ...ir.ops import HEAD, LINEAR, arguments
+from ...ir.program import Program
+from ...ir.weight import Weight
+from .._contracts import cached_decoder, no_drafter
+from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._trees import best_tree, usual_rates
+
+
+@dataclass(frozen=True)
+class Heads(Pass):
+    """Head j adds to the output `heads` [B, T, J, V] the logits for the token j + 1 places behind the next one.
+
+    It is x + silu(W x) on the hidden state x that feeds the model's own head, then a projection to the vocabulary. W
+    starts at zero and the projection as the model's own, so that untrained heads repeat the next token: correct, but no
+    faster, until train.heads has run. `logits` are untouched.
+
+    heads: how many tokens ahead are guessed, J.
+    width: candidates taken from each head.
+    nodes: drafted tokens verified in a step, the pending token not counted.
+    projection: `own` for each head as in the paper, or `tied`: all share the model's head, which saves J · V · K
+        parameters and trains worse (a deviation).
+    dtype: how own weights are stored.
+
+    Deviations: acceptance is by the walk, which keeps the model's law when sampling; the paper's typical acceptance
+    does not.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    effects: ClassVar[frozenset[Effect]] = frozenset({"outputs", "decode"})
+
+    heads: int = 4
+    width: int = 10
+    nodes: int = 32
+    projection: Literal["own", "tied"] = "own"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.width, self.nodes) < 1:
+            raise SmeltError(
+                f"heads, width and nodes count from 1, not {self.heads}, {self.width} and {self.nodes}"
+            )
+
+    def requires(self, program: Program) -> Iterator[str]:
+        """A decoder with a cache plan, no drafter, and one vocabulary head."""
+        yield from cached_decoder(program)
+        yield from no_drafter(program)
+        found = [node.name for node in program.calls(HEAD)]
+        if len(found) != 1:
+            yield f"{program.name} must have one vocabulary head, but has {len(found)}: {', '.join(found) or 'none'}"
+        if "heads" in program.outputs or any(name.startswith("heads.") for name in program.weights):
+            yield f"{program.name} already has an output or weights named 'heads'"
+        vocabulary = program.facts.get("vocabulary", self.width)
+        if vocabulary < self.width:
+            yield f"width must be at most the vocabulary of {vocabulary} tokens, but is {self.width}"
+
+    def apply(self, program: Program, samples: Samples | None) -> Outcome:
+        """Add the heads' nodes behind everything else, their weights, and the decode plan."""
+        (head,) = program.calls(HEAD)
+        before = set(program.weights)
+        with program.graph.inserting_before(next(iter(reversed(program.graph.nodes)))):
+            guesses = [self._head(program, head, j) for j in range(self.heads)]
+            stacked = program.graph.call_function(torch.ops.aten.stack.default, (guesses, -2))
+        program.set_output("heads", stacked)
+        tree = best_tree([usual_rates(self.width)] * self.heads, self.nodes)
+        program.decode = DecodePlan("heads", tree, self.width)
+        program.facts["heads_trained"] = False
+        added = sorted(set(program.weights) - before)
+        program.touch("decode", *added)
+        notes = {
+            "parameters": sum(program.weights[name].parts["data"].numel() for name in added),
+            "bytes": sum(program.weights[name].nbytes for name in added),
+        }
+        return Outcome(tuple(f"heads.{j}" for j in range(self.heads)), notes=notes)
+
+    def _head(self, program: Program, head: fx.Node, j: int) -> fx.Node:
+        """Head j's nodes at the insert point: the residual block, then the projection."""
+        graph, a = program.graph, arguments(head)
+        hidden = a["x"]
+        projection, bias = str(a["weight"].target), a["bias"] and str(a["bias"].target)
+        width = program.weights[projection].shape[1]
+        zero = self._weight(torch.zeros(width, width))
+        block = program.weight_node(f"heads.{j}.block.weight", zero)
+        inner = graph.call_function(LINEAR.target, (hidden, block))
+        added = graph.call_function(
+            torch.ops.aten.add.Tensor, (hidden, graph.call_function(torch.ops.aten.silu.default, (inner,)))
+        )
+        operands: list[Any] = [added]
+        for part, name in (("weight", projection), ("bias", bias)):
+            if name is not None:
+                operands.append(self._own(program, f"heads.{j}.projection.{part}", name))
+        return graph.call_function(HEAD.target, tuple(operands))
+
+    def _own(self, program: Program, name: str, source: str) -> fx.Node:
+        """A node that reads the model's own weight, or a copy of it under a name of its own."""
+        if self.projection == "tied":
+            return program.weight_node(source)
+        return program.weight_node(name, self._weight(program.weights[source].dense().clone()))
+
+    def _weight(self, value: torch.Tensor) -> Weight:
+        return Weight.of(value.to(getattr(torch, self.dtype)))

@@ -1,0 +1,54 @@
+"""Drafts with the successors that the model itself last preferred (Token Recycling, arXiv 2408.08696, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...ir.decode import DecodePlan
+from ...ir.errors import SmeltError
+from ...ir.program import Program
+from .._contracts import cached_decoder, no_drafter
+from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._trees import best_tree, usual_rates
+
+LEVELS = 6
+
+
+@dataclass(frozen=True)
+class Recycle(Pass):
+    """A table keeps the last seen best successors of every token; a static tree over their ranks is verified at once.
+
+    width: successors kept for each token.
+    nodes: drafted tokens verified in a step, the pending token not counted. Fewer are cheaper where arithmetic is dear.
+
+    Deviations: the published tree was found by search, this one is best-first under a fixed law of ranks, and close to
+    it (see `usual_rates`). Acceptance is by the walk, which is exact for sampling too; the released code is greedy only.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    effects: ClassVar[frozenset[Effect]] = frozenset({"decode"})
+
+    width: int = 8
+    nodes: int = 80
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.nodes < 1:
+            raise SmeltError(f"width and nodes count from 1, not {self.width} and {self.nodes}")
+
+    def requires(self, program: Program) -> Iterator[str]:
+        """A decoder with a cache plan, no drafter, and a vocabulary that fills the table's rows."""
+        yield from cached_decoder(program)
+        yield from no_drafter(program)
+        vocabulary = program.facts.get("vocabulary", self.width)
+        if vocabulary < self.width:
+            yield f"width must be at most the vocabulary of {vocabulary} tokens, but is {self.width}"
+
+    def apply(self, program: Program, samples: Samples | None) -> Outcome:
+        """Set the decode plan; the graph stays as it is."""
+        tree = best_tree([usual_rates(self.width)] * LEVELS, self.nodes)
+        program.decode = DecodePlan("recycle", tree, self.width)
+        program.touch("decode")
+        levels = [tree.depths.count(depth) for depth in range(1, max(tree.depths) + 1)]
+        return Outcome(("decode",), notes={"nodes": len(tree) - 1, "levels": levels})

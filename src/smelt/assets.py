@@ -1,0 +1,50 @@
+"""The files beside the weights that an artefact carries: the tokenizer and what it needs."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAMES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+SLOW = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Tokenizer files by name, and the folder where they lie (None: the model came without)."""
+
+    folder: Path | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    keep: Any = None  # a temporary folder lives as long as this
+
+
+def model_assets(model: Any) -> Assets:
+    """The tokenizer files of a model folder or hub id; a slow tokenizer is converted by transformers."""
+    if not isinstance(model, str | Path):
+        return Assets()
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = _hub_folder(str(model))
+    if not (folder / "tokenizer.json").is_file() and any((folder / name).is_file() for name in SLOW):
+        return _converted(folder)
+    return _read(folder)
+
+
+def _read(folder: Path, keep: Any = None) -> Assets:
+    return Assets(folder, {n: (folder / n).read_bytes() for n in NAMES if (folder / n).is_file()}, keep)
+
+
+def _hub_folder(identifier: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(identifier, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"]))
+
+
+def _converted(folder: Path) -> Assets:
+    from transformers import AutoTokenizer
+
+    keep = tempfile.TemporaryDirectory(prefix="smelt-tokenizer-")
+    AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(keep.name)
+    return _read(Path(keep.name), keep)

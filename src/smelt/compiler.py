@@ -1,0 +1,97 @@
+"""compile: capture a model, run a recipe's passes over it, and lower what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .assets import model_assets
+from .codegen.plan import Target
+from .ir.capture import capture
+from .ir.errors import SmeltError
+from .ir.shapes import derive
+from .model import Compiled
+from .passes import Samples, catalogue
+from .passes.manager import run
+from .recipes import Recipe
+from .recipes import load as load_recipe
+from .runtime.artefact import tensor_digest
+from .runtime.text import Tokenizer
+
+LENGTH = 256  # tokens of one calibration sequence, fewer where the model's context ends before
+LEAST = 512  # calibration tokens below which statistics mean nothing
+
+Model = str | Path | nn.Module
+Calibration = str | Path | Sequence[str] | torch.Tensor
+
+
+def compile(  # noqa: A001 - the name of the act, as in torch.compile; users write smelt.compile
+    model: Model,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "none",
+    *,
+    calibration: Calibration | None = None,
+    example: Sequence[torch.Tensor] | None = None,
+    tokenizer: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    target: Target = "cpp",
+    fallback: bool = True,
+    listen: Callable[[Any], None] | None = None,
+    stop_after: str | None = None,
+) -> Compiled:
+    """Compile `model` by `recipe`.
+
+    model: a folder or hub id of a transformers model, such a model itself, or a torch module (then with `example`).
+    recipe: a shipped name, a YAML file, or its content as a dict; `overrides` such as `cache.encode.tail=128`.
+    calibration: a text file, texts, or tokens int64 [N, T], for the steps that look at data.
+    tokenizer: the folder of the tokenizer, where the model is not one.
+    target: `cpp` for generated kernels, `torch` for the reference; `fallback=False` refuses what has no fast kernel.
+    Raises SmeltError for anything wrong with what was given.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, catalogue(), overrides)
+    program = capture(model, example)
+    derive(program)
+    assets = model_assets(tokenizer if tokenizer is not None else model)
+    samples = _samples(calibration, assets.folder, program.facts)
+    result = run(program, resolved.steps, samples, **({"listen": listen} if listen else {}), stop_after=stop_after)
+    facts = {"recipe": resolved.to_dict(), "recipe_digest": resolved.digest()}
+    if samples is not None:
+        facts["calibration"] = tensor_digest(samples.tokens)
+    return Compiled(result.program, facts, assets, target, fallback, result.report)
+
+
+def _samples(calibration: Calibration | None, folder: Path | None, facts: Mapping[str, Any]) -> Samples | None:
+    if calibration is None:
+        return None
+    if isinstance(calibration, torch.Tensor):
+        if calibration.dim() != 2 or calibration.is_floating_point():
+            raise SmeltError(f"calibration: tokens must be whole numbers [N, T], not {list(calibration.shape)}")
+        return Samples(calibration.long())
+    if isinstance(calibration, str | Path):
+        texts, place = [_read(Path(calibration))], str(calibration)
+    else:
+        texts, place = list(calibration), "calibration"
+    if folder is None:
+        raise SmeltError(f"{place}: text needs the model's tokenizer; pass tokenizer=FOLDER, or tokens int64 [N, T]")
+    encode = Tokenizer(folder).encode
+    tokens = [token for text in texts for token in encode(text)]
+    if len(tokens) < LEAST:
+        raise SmeltError(f"{place}: {len(tokens)} tokens are too few to calibrate on; give at least {LEAST}")
+    length = min(LENGTH, int(facts.get("context") or LENGTH))
+    count = len(tokens) // length
+    return Samples(torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length))
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as fault:
+        raise SmeltError(f"{path}: cannot be read ({fault.strerror})") from fault
+    except UnicodeDecodeError as fault:
+        raise SmeltError(f"{path}: not UTF-8 text (byte {fault.start})") from fault
+    if not text.strip():
+        raise SmeltError(f"{path}: the calibration file is empty")
+    return text
