@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import replace
@@ -104,6 +103,7 @@ class Bound:
         self._references = byref(self._buffers), byref(self._call)
         self._generation = -1
         self._step: Step | None = None
+        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._work: torch.Tensor | None = None
 
     def __call__(
@@ -122,8 +122,12 @@ class Bound:
         call = self._call
         if self.cache.generation != self._generation:
             self._fetch()
-        if self.cache.step is not self._step:
+        if self.cache.step is not self._step or self._step is None:
             self._enter()
+        if q.shape != self._shapes[0] or out.shape != self._shapes[1] or not q.dtype == out.dtype == torch.float32:
+            raise ValueError(
+                f"attention takes float32 {self._shapes[0]} to {self._shapes[1]}, not {q.shape}, {out.shape}"
+            )
         call.q, (call.q_row, call.q_head, call.q_token, _) = q.data_ptr(), q.stride()
         call.out, (call.out_row, call.out_head, call.out_token, _) = out.data_ptr(), out.stride()
         call.sinks = sinks.data_ptr() if sinks is not None else None
@@ -149,6 +153,8 @@ class Bound:
             raise RuntimeError("no step: call begin and append before attending")
         self._step, call = step, self._call
         call.tokens = step.tokens
+        rows, site = (self.cache.batch, self.kernel.site.heads, step.tokens), self.kernel.site
+        self._shapes = (*rows, site.key_dim), (*rows, site.value_dim)
         call.positions, call.visible = step.positions.data_ptr(), step.words.data_ptr()
         self._work = self.kernel.work(self.cache)
         call.work = self._work.data_ptr()

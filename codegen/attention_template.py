@@ -1,8 +1,8 @@
-"""The C++ text of attention over segments; `attention.py` fills in the shapes and the loaders of a cache site.
+"""The C++ text of attention over segments; `attention_source.py` fills in the shapes and loaders of a cache site.
 
-out[t] = Σ_s exp(scale · q[t] · k[s] - ℓ[t]) · v[s] with ℓ the log-sum-exp over the tokens that query t sees: sinks, body,
-tail, and its new tokens. Float32 accumulation. A unit of work is a (row, KV head, chunk of tokens); it leaves a maximum,
-a sum and a weighted value per query, and a second pass merges the chunks.
+out[t] = Σ_s exp(scale · q[t] · k[s] - ℓ[t]) · v[s] with ℓ the log-sum-exp over the tokens that query t sees: sinks,
+body, tail, and its new tokens. Float32 accumulation. A unit of work is a (row, KV head, chunk of tokens); it leaves a
+maximum, a sum and a weighted value per query, and a second pass merges the chunks.
 
 What a query reads is cut into tiles and chunks by its place in the query's own sequence: committed tail first, then the
 new tokens it sees, in order. So the arithmetic of a query does not depend on how many other queries or tokens the step
@@ -118,40 +118,54 @@ static inline void value_row(const dense* x, float* y) {
 $dense_values
 }
 
-// acc += Σ_n p[n] * v[n] over W vectors from column e
-template <int W> static inline void mix(const float* p, const float* const* v, int count, int64_t e, float* acc, float add) {
-  f32x16 o[W];
-  for (int w = 0; w < W; w++) o[w] = load<f32x16>(acc + e + 16 * w) + add;
+#ifdef __AVX512F__
+constexpr int HEADS = 2, VECTORS = 4;  // accumulators that fit the registers
+#else
+constexpr int HEADS = 2, VECTORS = 2;
+#endif
+
+// acc[h] += add[h] + Σ_n weight[h][n] * v[n] for N heads, from column FIRST on; the columns of one span share weights
+template <int64_t SPANS, int N, int64_t FIRST>
+static inline void mix(const float* weight, const float* add, const float* const* v, int count, float* acc) {
+  constexpr int64_t MANY = SPANS ? SPANS : 1, WIDE = EP / MANY;
+  constexpr int W = EP - FIRST < 16 * VECTORS ? (EP - FIRST) / 16 : VECTORS;
+  f32x16 o[N][W];
+  for (int h = 0; h < N; h++)
+    for (int w = 0; w < W; w++) {
+      o[h][w] = load<f32x16>(acc + h * EP + FIRST + 16 * w);
+      if (SPANS) o[h][w] += add[h * MANY + (FIRST + 16 * w) / WIDE];
+    }
   for (int n = 0; n < count; n++)
-    for (int w = 0; w < W; w++) o[w] += p[n] * load<f32x16>(v[n] + e + 16 * w);
-  for (int w = 0; w < W; w++) store(acc + e + 16 * w, o[w]);
-}
-template <int64_t N> static inline void mix_all(const float* p, const float* const* v, int count, int64_t e, float* acc, float add) {
-  int64_t i = 0;
-  for (; i + 4 <= N; i += 4) mix<4>(p, v, count, e + 16 * i, acc, add);
-  if (N % 4 & 2) mix<2>(p, v, count, e + 16 * i, acc, add), i += 2;
-  if (N % 4 & 1) mix<1>(p, v, count, e + 16 * i, acc, add);
+    for (int w = 0; w < W; w++) {
+      f32x16 x = load<f32x16>(v[n] + FIRST + 16 * w);
+      for (int h = 0; h < N; h++) o[h][w] += weight[(h * MANY + (FIRST + 16 * w) / WIDE) * 32 + n] * x;
+    }
+  for (int h = 0; h < N; h++)
+    for (int w = 0; w < W; w++) store(acc + h * EP + FIRST + 16 * w, o[h][w]);
+  if constexpr (FIRST + 16 * W < EP) mix<SPANS, N, FIRST + 16 * W>(weight, add, v, count, acc);
 }
 
-// One tile of at most 32 tokens for the R heads of one query. k, v: rows; those from `count` up to whole vectors must be
-// readable, `live` masks them. SPANS > 0: values are codes, and columns of one span share a[span][n] and z[span][n] with
-// value = a * code + z; the factor goes to the weights instead.
+// One tile of at most 32 tokens for the R heads of one query. k, v: rows; those from `count` up to whole vectors must
+// be readable, `live` masks them. SPANS > 0: values are codes, and the columns of one span share a[span][n] and
+// z[span][n] with value = a * code + z; the factors go to the weights instead.
 template <int64_t SPANS>
 __attribute__((noinline)) void tile(
     const float* q, const float* shift, const float* const* k, const float* const* v, const float* a, const float* z,
     int count, uint32_t live, float softcap, float* acc, float* most, float* total) {
+  constexpr int64_t MANY = SPANS ? SPANS : 1, SUMS = (R * (SPANS + 1) + 15) / 16 * 16;
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int halves = (count + 15) / 16;
-  for (int64_t r = 0; r < R; r++, q += DP, acc += EP) {
-    f32x16 s[2], p[2];
+  alignas(64) float weight[R * MANY * 32], summed[SUMS];
+  f32x16 parts[SUMS] = {};  // what is summed over the tokens: the weights of each head, then weight * z of its spans
+  for (int64_t r = 0; r < R; r++) {
+    f32x16 s[2], highest = splat(-__builtin_inff());
     i32x16 mask[2];
-    f32x16 highest = splat(-__builtin_inff());
     for (int h = 0; h < halves; h++) {
       f32x16 dots[16];
       for (int i = 0; i < 16; i++) {
         const float* row = k[16 * h + i];
-        f32x16 x = load<f32x16>(q) * load<f32x16>(row);
-        for (int64_t d = 16; d < DP; d += 16) x += load<f32x16>(q + d) * load<f32x16>(row + d);
+        f32x16 x = load<f32x16>(q + r * DP) * load<f32x16>(row);
+        for (int64_t d = 16; d < DP; d += 16) x += load<f32x16>(q + r * DP + d) * load<f32x16>(row + d);
         dots[i] = x;
       }
       s[h] = sums(dots) + shift[r];
@@ -165,26 +179,24 @@ __attribute__((noinline)) void tile(
       float shrink = exponential(old - peak);
       most[r] = peak;
       total[r] *= shrink;
-      for (int64_t e = 0; e < EP; e += 16) store(acc + e, load<f32x16>(acc + e) * shrink);
+      for (int64_t e = 0; e < EP; e += 16) store(acc + r * EP + e, load<f32x16>(acc + r * EP + e) * shrink);
     }
-    alignas(64) float weight[32];
     for (int h = 0; h < halves; h++) {
-      p[h] = (f32x16)((i32x16)exponential(s[h] - most[r]) & mask[h]);
-      total[r] += sum(p[h]);
-      store(weight + 16 * h, p[h]);
-    }
-    if (SPANS == 0) mix_all<EP / 16>(weight, v, count, 0, acc, 0.0f);
-    for (int64_t span = 0; span < SPANS; span++) {
-      alignas(64) float scaled[32];
-      float add = 0;
-      for (int h = 0; h < halves; h++) {
-        store(scaled + 16 * h, p[h] * load<f32x16>(a + 32 * span + 16 * h));
-        add += sum(p[h] * load<f32x16>(z + 32 * span + 16 * h));
+      f32x16 p = (f32x16)((i32x16)exponential(s[h] - most[r]) & mask[h]);
+      parts[r] += p;
+      if (SPANS == 0) store(weight + r * 32 + 16 * h, p);
+      for (int64_t span = 0; span < SPANS; span++) {
+        store(weight + (r * MANY + span) * 32 + 16 * h, p * load<f32x16>(a + 32 * span + 16 * h));
+        parts[R + r * SPANS + span] += p * load<f32x16>(z + 32 * span + 16 * h);
       }
-      constexpr int64_t WIDE = EP / (SPANS ? SPANS : 1);
-      mix_all<WIDE / 16>(scaled, v, count, span * WIDE, acc, add);
     }
   }
+  for (int64_t i = 0; i < SUMS; i += 16) store(summed + i, sums(parts + i));
+  for (int64_t r = 0; r < R; r++) total[r] += summed[r];
+  int64_t r = 0;
+  for (; r + HEADS <= R; r += HEADS)
+    mix<SPANS, HEADS, 0>(weight + r * MANY * 32, summed + R + r * SPANS, v, count, acc + r * EP);
+  for (; r < R; r++) mix<SPANS, 1, 0>(weight + r * MANY * 32, summed + R + r * SPANS, v, count, acc + r * EP);
 }
 
 struct Rows {  // the rows of one tile, converted where they must be
@@ -234,7 +246,12 @@ struct Unit {  // what one unit of work reads and writes
 
   void dense_tile(int64_t t, const Rows& rows, int count, uint32_t live) {
     static const float zeros[R] = {};
-    if (live) tile<0>(q[t][0], zeros, rows.k, rows.v, 0, 0, count, live, call.softcap, acc + t * R * EP, most + t * R, total + t * R);
+    if (live) see<0>(t, q[t][0], zeros, rows.k, rows.v, 0, 0, count, live);
+  }
+  template <int64_t SPANS>
+  void see(int64_t t, const float* q, const float* shift, const float* const* k, const float* const* v, const float* a,
+           const float* z, int count, uint32_t live) {
+    tile<SPANS>(q, shift, k, v, a, z, count, live, call.softcap, acc + t * R * EP, most + t * R, total + t * R);
   }
   // tokens at consecutive positions from `first` on that query t still sees
   uint32_t within(int64_t t, int64_t first, int count) const {
@@ -291,12 +308,14 @@ $body_scan
   }
 };
 
-static inline int64_t body_chunks(const int32_t* counts) { return KEPT ? (counts[1] / (KEPT ? KEPT : 1) + PAGES - 1) / PAGES : 0; }
+static inline int64_t body_chunks(const int32_t* counts) {
+  return (counts[1] / (KEPT ? KEPT : 1) + PAGES - 1) / PAGES;
+}
 
-// out of one query and head, from what its chunks left
-static inline void merge(const Buffers& at, const Call& call, int64_t b, int64_t h, int64_t t, int64_t slot, int64_t chunks, const float* states) {
+// out [E] of one query (number `slot` of its block) and head, from what its chunks left
+static inline void merge(const Call& call, int64_t h, int64_t slot, int64_t chunks, const float* states, float* out) {
   const int64_t in = slot * R + h % R;
-  float *out = call.out + b * call.out_row + h * call.out_head + t * call.out_token, most = -__builtin_inff(), total = 0;
+  float most = -__builtin_inff(), total = 0;
   alignas(64) float mixed[EP] = {};
   bool real = false;
   for (int64_t c = 0; c < chunks; c++) {
@@ -313,7 +332,8 @@ static inline void merge(const Buffers& at, const Call& call, int64_t b, int64_t
     if (part == 0) continue;
     float factor = exponential(state[QUERIES * R * EP + in] - most);
     total += part * factor;
-    for (int64_t e = 0; e < EP; e += 16) store(mixed + e, load<f32x16>(mixed + e) + load<f32x16>(state + in * EP + e) * factor);
+    for (int64_t e = 0; e < EP; e += 16)
+      store(mixed + e, load<f32x16>(mixed + e) + load<f32x16>(state + in * EP + e) * factor);
   }
   for (int64_t e = 0; e < E; e++) out[e] = real ? mixed[e] / total : 0;
 }
@@ -343,7 +363,8 @@ static void run(const Buffers& at, const Call& call) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < at.rows * H * queries; i++) {
         const int64_t b = i / (H * queries), h = i / queries % H, slot = i % queries;
-        merge(at, call, b, h, t0 + slot, slot, chunks, call.work + (b * G + h / R) * chunks * STATE);
+        float* out = call.out + b * call.out_row + h * call.out_head + (t0 + slot) * call.out_token;
+        merge(call, h, slot, chunks, call.work + (b * G + h / R) * chunks * STATE, out);
       }
     }
   }
@@ -391,8 +412,7 @@ $prepare
               }
               if (SHIFT) shift[r] = sum(constant);
             }
-          tile<SPANS>(FOLD ? scaled[0] : q[t][0], shift, k, v, a, z, count, live, call.softcap,
-                      acc + t * R * EP, most + t * R, total + t * R);
+          see<SPANS>(t, FOLD ? scaled[0] : q[t][0], shift, k, v, a, z, count, live);
         }
       }
     }

@@ -1,7 +1,7 @@
 """Matrix times few vectors on a GPU, in Triton: `y[M, N] = x[M, K] @ W[N, K]^T (+ bias[N])`, W in any encoding.
 
-The encoding's tile expression is spliced into the loader of W. One program computes BLOCK_N outputs of one row of x, walks
-K in tiles of BLOCK_K and accumulates in float32; a row's result therefore does not depend on the batch that it is in.
+The encoding's tile expression is spliced into the loader of W. One program computes BLOCK_N outputs of one row of x,
+walks K in tiles of BLOCK_K and accumulates in float32: a row's result does not depend on the batch that it is in.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import sympy
+import torch
 
 from ..ir.encoding import Encoding
 from ..ir.encoding.expr import loads
@@ -58,8 +60,24 @@ def signature(encoding: Encoding, bias: bool) -> dict[str, str]:
 
 
 def kernel(encoding: Encoding) -> Any:
-    """The `triton.jit` function, called as `kernel[(tiles of N, M)](*parts, x, y, bias, N, K, HAS_BIAS=…, …)`."""
+    """The `triton.jit` function, for `launch`."""
     return _module(source(encoding)).gemv
+
+
+def launch(
+    kernel: Any,
+    parts: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    tile: Tile = Tile(),
+) -> None:
+    """One launch: `out[M, N] = x[M, K] @ W^T + bias`; all float32 and contiguous, parts by name."""
+    (m, columns), rows = x.shape, out.shape[-1]
+    kernel[(-(-rows // tile.block_n), m)](
+        **parts, x=x, y=out, bias=bias, N=rows, K=columns,
+        HAS_BIAS=bias is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def _parts(encoding: Encoding) -> dict[str, str]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ..ir.cache import Cache, Site
 from ..ir.ops import Op
 from ..ir.weight import Weight
-from . import gemv
+from . import attention, gemv
 from .plan import Out
 from .rows import RowKernel, Run, strided_ok
 
@@ -53,6 +54,56 @@ def _matmul(weight: Weight, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor
     torch.mm(x, weight.dense().t(), out=y)
     if bias is not None:
         y.add_(bias)
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """`cached_attention` over the segments of one kind of site; layers with equal sites share the built kernel."""
+
+    site: Site
+
+    @property
+    def name(self) -> str:
+        stored = "dense" if self.site.keys is None and self.site.values is None else "segments"
+        return f"attention.{stored}.{self.site.heads}x{self.site.kv_heads}x{self.site.key_dim}"
+
+    @property
+    def source(self) -> str:
+        return attention.source(self.site)
+
+    @cached_property
+    def _built(self) -> attention.SegmentAttention:
+        return attention.SegmentAttention(self.site)
+
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if args["query"].stride(-1) == 1 else ("query",)
+
+    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+        """A call over the cache that `args["layer"]` names; `out` [B, H, T, E] may have any strides."""
+        bound = self._built.bind(cache, int(args["layer"]))
+        return partial(bound, args["query"], out, float(args["scale"]), args["softcap"], args["sinks"])
+
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
+        raise TypeError("attention over a cache is bound by `attend`")
+
+
+@dataclass(frozen=True)
+class CacheReference:
+    """`cached_attention` by the cache's own plain PyTorch meaning."""
+
+    name: str = "torch.cached_attention"
+    source: str = "reference of cached_attention"
+
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+        """A call that attends by `Cache.attend` and copies."""
+        options = (float(args["scale"]), args["window"], args["softcap"], args["sinks"])
+        return lambda: out.copy_(cache.attend(int(args["layer"]), args["query"], *options))
+
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
+        raise TypeError("attention over a cache is bound by `attend`")
 
 
 @dataclass(frozen=True)

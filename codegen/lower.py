@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..ir.cache import Site
 from ..ir.errors import SmeltError
 from ..ir.ops import CACHED_ATTENTION, EMBEDDING, HEAD, LINEAR, OPS, arguments
 from ..ir.program import Program
 from ..ir.weight import Weight
-from . import gemv
-from .kernels import LinearKernel, Reference, RowOp, out_variant
+from . import attention, gemv
+from .kernels import AttentionKernel, CacheReference, LinearKernel, Reference, RowOp, out_variant
 from .plan import Choice, Plan, Target
 from .rows import row_kernel
 
@@ -42,8 +45,10 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
 
 
 def _choose(program: Program, node: fx.Node, target: Target) -> Choice | None:
-    if node.op != "call_function" or node.target is CACHED_ATTENTION.target:
-        return None  # a cache binds its own attention: see runtime/bound.py
+    if node.op != "call_function":
+        return None
+    if node.target is CACHED_ATTENTION.target:
+        return _attention(program, node, target)
     if node.target in OPS:
         return _dialect(program, node, target)
     if not isinstance(node.target, torch._ops.OpOverload) or is_view(node.target):
@@ -74,6 +79,24 @@ def _dialect(program: Program, node: fx.Node, target: Target) -> Choice:
     if isinstance(kernel, str):
         return Choice(reference, kernel, fallback=_is_encoded(program, args))
     return Choice(RowOp(op, kernel), "row-wise template")
+
+
+def _attention(program: Program, node: fx.Node, target: Target) -> Choice:
+    if target == "torch":
+        return Choice(CacheReference(), "target torch runs the reference")
+    if program.cache is None:
+        raise SmeltError(f"{node.name} reads a cache, but {program.name} has no cache plan")
+    layer = int(arguments(node)["layer"])
+    site = replace(program.cache[layer], layer=0)
+    reason = attention.covers(site)
+    if reason is not None:
+        return Choice(CacheReference(), f"attention of layer {layer}: {reason}", fallback=True)
+    return Choice(_shared(site), "attention over segments")
+
+
+@cache
+def _shared(site: Site) -> AttentionKernel:
+    return AttentionKernel(site)
 
 
 def _weight(program: Program, value: Any) -> Weight | None:

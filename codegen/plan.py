@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
+from ..ir.cache import Cache
 from ..ir.program import Program
 from .rows import Run
 
@@ -31,6 +32,12 @@ class Kernel(Protocol):
         ...
 
     def bind(self, args: Mapping[str, Any], out: Out) -> Run: ...
+
+
+class Attention(Kernel, Protocol):
+    """A kernel of `cached_attention`, which is bound to a cache as well."""
+
+    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> Run: ...
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,12 @@ class Mapped(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True)
 class Transposed(Mapping[str, torch.Tensor]):
-    """Dense parts seen with their two dimensions swapped, still unread."""
+    """Dense parts with their two dimensions swapped, read and turned on each access."""
 
     parts: Mapping[str, torch.Tensor]
 
     def __getitem__(self, part: str) -> torch.Tensor:
-        return self.parts[part].t()
+        return self.parts[part].t().contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)

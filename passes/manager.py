@@ -12,13 +12,12 @@ from typing import Any, Protocol
 
 from ..ir.errors import SmeltError, nearest
 from ..ir.program import Program, Record
-from ..ir.shapes import derive
 from ..ir.verify import verify
 from .base import Exactness, Outcome, Pass, Samples
 from .events import Event, StepDone, StepProgress, StepRolledBack, StepStarted, ignore
 from .measure import Divergence
 from .probe import held_out
-from .report import Report, StepReport, Status, reasons
+from .report import Report, Status, StepReport, reasons
 from .witness import TOLERANCE, Witness
 
 CONTEXT = 1024  # tokens, at which cache bits per value are reported
@@ -98,8 +97,10 @@ class _Run:
         self.program, self.listen = program, listen
         self.reports: list[StepReport] = []
         self.first = 1 + max((record.step for record in program.history), default=0)
-        self.samples, tokens = (None, None) if samples is None else held_out(samples)
-        self.witness = Witness(program, tokens)
+        self.samples, unseen = samples, None
+        if samples is not None:
+            self.samples, unseen = held_out(samples)
+        self.witness = Witness(program, unseen)
 
     @property
     def report(self) -> Report:
@@ -127,7 +128,6 @@ class _Run:
             return
         with attempt.timed("measuring"):
             verify(after)
-            derive(after)
             self._measure(attempt)
         if step.gate and (why := _closed(step.gate, attempt.divergence)):
             if step.gate.otherwise == "stop":
@@ -169,7 +169,7 @@ class _Run:
         if attempt.divergence is None or not (exact or effects <= {"decode", "outputs"}):
             return
         error = attempt.divergence.max_error
-        if error > TOLERANCE and not self.witness.same_without_cache(before, after):
+        if error > TOLERANCE and not self.witness.same_on_dense_cache(before, after):
             claim = "claims exact" if exact else f"declares only the effects {sorted(effects)}"
             raise SmeltError(
                 f"{claim} but differs by {error:.1e} (relative, allowed {TOLERANCE:.0e}): a fault in the pass"
@@ -248,16 +248,12 @@ class _Attempt:
         record = Record(self.number, self.step.pass_name, dict(self.step.options), report)
         changed = {name for name, w in self.after.weights.items() if self.before.weights.get(name) is not w}
         changed |= self.after.touched | {plan for plan in _changes(self.before, self.after) if plan != "outputs"}
-        origin = {name: made for name, made in self.after.origin.items() if name in {*self.after.weights, *_PLANS}}
         return replace(
             self.after,
             history=(*self.before.history, record),
-            origin=origin | dict.fromkeys(changed, record),
+            origin=self.after.origin | dict.fromkeys(changed, record),
             touched=set(),
         )
-
-
-_PLANS = ("cache", "decode")
 
 
 def _changes(before: Program, after: Program) -> Iterator[str]:

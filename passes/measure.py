@@ -84,9 +84,10 @@ def observe(program: Program, probe: Probe) -> dict[str, torch.Tensor]:
     if probe.prefix is not None:
         return {"logits": replay(program, probe.inputs["tokens"], probe.prefix, probe.chunk)}
     outputs = interpret(program, probe.inputs)
-    if probe.real is None:
+    real = probe.real
+    if real is None:
         return outputs
-    return {name: value[probe.real] for name, value in outputs.items()}
+    return {name: value[real] if value.shape[:2] == real.shape else value for name, value in outputs.items()}
 
 
 def compare(reference_logits: torch.Tensor, candidate_logits: torch.Tensor) -> Divergence:
@@ -142,4 +143,4 @@ def perplexity(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 def _check_shapes(what: str, reference: torch.Tensor, candidate: torch.Tensor) -> None:
     if reference.shape != candidate.shape:
-        raise SmeltError(f"{what} had the shape {list(reference.shape)} and now have {list(candidate.shape)}")
+        raise SmeltError(f"{what}: the shape was {list(reference.shape)} and now is {list(candidate.shape)}")

@@ -62,10 +62,8 @@ class StepReport:
             f"{len(self.done)}" + (f" of {len(self.done) + left}" if left else ""),
             _change(*map(size, self.weight_bytes)),
             _change(*map(_number, self.cache_bits)),
-            _number(d and d.kl),
-            _number(d and d.top1),
-            _number(d and d.max_error),
-            _number(s and s.kl),
+            *(["", "", ""] if d is None else map(_number, (d.kl, d.top1, d.max_error))),
+            "" if s is None else _number(s.kl),
             f"{self.seconds + self.measuring:.1f} s",
         ]
 

@@ -8,11 +8,12 @@ import dataclasses
 import json
 import typing
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Annotated, Any
 
-from pydantic import PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
 
-from ..ir.encoding import parse
+from ..ir.encoding import catalogue, parse
 from ..ir.errors import SmeltError, nearest
 from .document import Node
 from .words import choices, is_encoding, literals, shown, wanted
@@ -99,8 +100,8 @@ def dataclass_under(kind: Any) -> type | None:
 
 
 def adapter(kind: Any) -> TypeAdapter[Any]:
-    """Pydantic's view of a type in which encodings are read from their recipe form."""
-    return TypeAdapter(_readable(kind))
+    """Pydantic's view of a type in which encodings are read from their recipe form and nothing is silently dropped."""
+    return TypeAdapter(_readable(kind), config=ConfigDict(extra="forbid"))
 
 
 def plain(value: Any) -> Any:
@@ -126,14 +127,21 @@ def hint(word: str, known: Collection[str]) -> str:
 
 def _readable(kind: Any) -> Any:
     if is_encoding(kind):
-        form = {"type": ["object", "string"], "minProperties": 1, "maxProperties": 1}
-        return Annotated[Any, PlainValidator(_encoding), WithJsonSchema(form)]
+        return Annotated[Any, PlainValidator(_encoding), WithJsonSchema(_form())]
     args = typing.get_args(kind)
     if not any(map(is_encoding, _leaves(kind))):
         return kind
     if len(choices(kind)) > 1:
         return typing.Union[tuple(map(_readable, args))]  # noqa: UP007  (built from a tuple)
     return typing.get_origin(kind)[tuple(map(_readable, args))]
+
+
+@cache
+def _form() -> dict[str, Any]:
+    """The JSON schema of an encoding: its printed form, or one name with options."""
+    named = {name: {"description": (cls.__doc__ or "").partition("\n")[0]} for name, cls in catalogue().items()}
+    form = {"type": ["object", "string"], "minProperties": 1, "maxProperties": 1}
+    return {**form, "properties": named, "additionalProperties": False}
 
 
 def _leaves(kind: Any) -> list[Any]:

@@ -56,25 +56,26 @@ def _with(item: Draft, path: Sequence[str], value: Node, catalogue: Mapping[str,
     if len(path) > 1 and first not in start.value and first in options and not options[first].required:
         # a part of an option that the recipe leaves at its default
         start = _put(start, path[:1], _node(plain(options[first].default), label), label)
-    return dataclasses.replace(item, options=_put(start, path, value, label))
+    changed = dataclasses.replace(_put(start, path, value, label), place=item.options.place)
+    return dataclasses.replace(item, options=changed, changes=(*item.changes, label))
 
 
 def _put(node: Node, path: Sequence[str], value: Node, label: str) -> Node:
-    """A copy of `node` with `value` at `path`; missing mappings on the way are made."""
+    """A copy of `node` with `value` at `path`, all on the way placed at `label`; missing mappings are made."""
     if not path:
         return value
     head, rest = path[0], path[1:]
     if node.value is None or isinstance(node.value, dict):
         inner = dict(node.value or {})
         inner[head] = _put(inner.get(head, _node(None, label)), rest, value, label)
-        return dataclasses.replace(node, value=inner)
+        return dataclasses.replace(node, value=inner, place=label)
     if not isinstance(node.value, list):
         raise SmeltError(f"{label}: '{head}' would lie within a single value; set the whole option")
     if not re.fullmatch(r"[0-9]{1,9}", head) or int(head) >= len(node.value):
         raise SmeltError(f"{label}: '{head}' is no place in a list of {len(node.value)}, counted from 0")
     items = list(node.value)
     items[int(head)] = _put(items[int(head)], rest, value, label)
-    return dataclasses.replace(node, value=items)
+    return dataclasses.replace(node, value=items, place=label)
 
 
 def _node(data: object, label: str) -> Node:

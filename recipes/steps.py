@@ -20,11 +20,15 @@ MAX_STEPS = 512
 
 @dataclass(frozen=True)
 class Draft:
-    """A step as it is written, checked no further than the name of its pass. `name` is empty until one is given."""
+    """A step as it is written, checked no further than the name of its pass.
+
+    `name` is empty until one is given; `changes` are the overrides that touched it.
+    """
 
     name: str
     pass_name: str
     options: Node
+    changes: tuple[str, ...] = ()
 
 
 def draft(steps: Node, catalogue: Mapping[str, type[Pass]], include: Callable[[Node], Sequence[Draft]]) -> list[Draft]:
@@ -65,10 +69,11 @@ def build_step(item: Draft, catalogue: Mapping[str, type[Pass]]) -> Step:
         for name, kind in RESERVED.items()
         if name in node.value
     }
+    what = f"{item.pass_name} (with {', '.join(item.changes)})" if item.changes else item.pass_name
     return Step(
         name=item.name,
         pass_name=item.pass_name,
-        pass_=make(cls, given, node, item.pass_name),
+        pass_=make(cls, given, node, what),
         options=_settings(pass_options(cls, item.pass_name), given, node),
         optional=extras.get("optional", False),
         gate=extras.get("gate"),

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from ..codegen.plan import Plan
+from ..codegen.plan import Attention, Plan
 from ..ir.cache import Cache
 from ..ir.errors import SmeltError
 from ..ir.ops import CACHED_ATTENTION, arguments
-
-Attend = Callable[[int, Mapping[str, Any], torch.Tensor], Callable[[], Any]]
-
 
 class Pool:
     """Storage by size: freed blocks are handed out again, smallest fit first."""
@@ -53,14 +50,13 @@ class Bound:
         plan: Plan,
         inputs: Mapping[str, torch.Tensor],
         cache: Cache | None,
-        attend: Attend | None,
         decoded: dict[str, torch.Tensor],
     ) -> None:
-        """`inputs`: buffers that hold the inputs. `attend` binds attention at a cache site. `decoded`: shared tables."""
+        """`inputs`: buffers that hold the inputs. `decoded`: small tables shared between bindings."""
         self.plan, self.inputs, self.cache = plan, dict(inputs), cache
         self.calls: list[Callable[[], Any]] = []
         self.outputs: dict[str, torch.Tensor] = {}
-        self._attend, self._decoded = attend, decoded
+        self._decoded = decoded
         self._pool = Pool()
         self._values: dict[fx.Node, Any] = {}
         self._readers: dict[fx.Node, int] = {n: len(n.users) for n in plan.program.graph.nodes}
@@ -87,10 +83,10 @@ class Bound:
         elif node.op == "output":
             self.outputs = {name: self._values[n] for name, n in node.args[0].items()}  # type: ignore[union-attr]
             return
-        elif node.name in self.plan.choices:
-            self._values[node] = self._kernel(node)
         elif node.target is CACHED_ATTENTION.target:
             self._values[node] = self._attention(node)
+        elif node.name in self.plan.choices:
+            self._values[node] = self._kernel(node)
         else:
             self._values[node] = self._host(node)
         for storage in _storages(self._values[node]):
@@ -158,12 +154,16 @@ class Bound:
 
     def _attention(self, node: fx.Node) -> torch.Tensor:
         args = {name: self._value(a) for name, a in arguments(node).items()}
-        if self.cache is None or self._attend is None:
+        kernel = cast(Attention, self.plan.choices[node.name].kernel)
+        if self.cache is None:
             raise SmeltError(f"{node.name} reads a cache: run this program through generate or with a cache")
-        out = self._pool.take(_on_meta(node.target, args))
-        layer = int(args["layer"])
-        self.calls.append(partial(self.cache.append, layer, args["key"], args["value"]))
-        self.calls.append(self._attend(layer, args, out))
+        spare = self._copies(kernel.contiguous(args), args)
+        # [B, T, H, E] in memory, so that the transpose behind attention is a view
+        out = self._pool.take(_on_meta(node.target, args).transpose(1, 2)).transpose(1, 2)
+        self.calls.append(partial(self.cache.append, int(args["layer"]), args["key"], args["value"]))
+        self.calls.append(kernel.attend(self.cache, args, out))
+        for block in spare:
+            self._pool.give(block.untyped_storage())
         return out
 
     def _host(self, node: fx.Node) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -82,11 +81,4 @@ class Session:
 
     def _bind(self, shape: torch.Size) -> Bound:
         inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "positions")}
-        return Bound(self.plan, inputs, self.cache, self._attend, self._decoded)
-
-    def _attend(self, layer: int, args: Mapping[str, Any], out: torch.Tensor) -> Callable[[], Any]:
-        options = (float(args["scale"]), args["window"], args["softcap"], args["sinks"])
-        if self.plan.target == "cpp":
-            from ..codegen.attention import attention_kernel
-            return attention_kernel(self.cache, layer, args["query"], out, *options)
-        return lambda: out.copy_(self.cache.attend(layer, args["query"], *options))
+        return Bound(self.plan, inputs, self.cache, self._decoded)

@@ -46,8 +46,8 @@ template <class V, class T> static inline V load(const T* p) {  // 16 neighbours
 }
 static inline void store(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }
 static inline f32x16 splat(float x) { return x - f32x16{}; }  // x - 0 keeps the sign of x = -0
-// a * b + c in one rounding wherever the machine can. GCC fuses this form by -ffp-contract=fast, alike in every copy of a
-// kernel; Clang was seen to fuse it in one copy and not in the next, and is told to.
+// a * b + c in one rounding wherever the machine can. GCC fuses this form by -ffp-contract=fast, alike in every copy of
+// a kernel; Clang was seen to fuse it in one copy and not in the next, and is told to.
 #if defined(__clang__) && (defined(__FMA__) || defined(__aarch64__)) && __has_builtin(__builtin_elementwise_fma)
 static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return __builtin_elementwise_fma(a, b, c); }
 #else
@@ -61,8 +61,8 @@ static inline float sum(f32x16 v) {  // pairwise, always in the same order
   return s[0];
 }
 
-// GCC 12 widens bytes to words lane by lane, 83 instructions. On AVX-512 a broadcast and a shuffle inside 16-byte quarters
-// take 3, elsewhere going through 16 bits takes 6.
+// GCC 12 widens bytes to words lane by lane, 83 instructions. On AVX-512 a broadcast and a shuffle inside 16-byte
+// quarters take 3, elsewhere going through 16 bits takes 6.
 #if defined(__clang__)
 static inline i32x16 widen(u8x16 v) { return __builtin_convertvector(v, i32x16); }
 static inline i32x16 widen(i8x16 v) { return __builtin_convertvector(v, i32x16); }

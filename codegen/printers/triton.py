@@ -18,7 +18,9 @@ def text(expr: Expr, names: Mapping[str, str] | None = None, row_mask: str = "",
     """
     match expr:
         case Load(part, at, _):
-            masks = [f"({mask})" for mask, symbol in ((row_mask, n), (column_mask, k)) if mask and symbol in at.free_symbols]
+            masks = [
+                f"({mask})" for mask, symbol in ((row_mask, n), (column_mask, k)) if mask and symbol in at.free_symbols
+            ]
             masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
             return f"tl.load({(names or {}).get(part, part)} + {index(at)}{masked})"
         case Const(value):

@@ -12,6 +12,7 @@ from torch import fx
 from ...ir.cache import CachePlan, Site
 from ...ir.ops import ATTENTION, CACHED_ATTENTION, arguments
 from ...ir.program import Program
+from ...ir.shapes import derive
 from ..base import Effect, Exactness, Outcome, Pass, Samples, decoder_only
 
 
@@ -46,6 +47,7 @@ class Insert(Pass):
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Rewrite every site; the plan's geometry comes from the nodes' shapes."""
+        derive(program)
         sites: list[Site] = []
         skipped: dict[str, str] = {}
         for node in program.calls(ATTENTION):
@@ -88,5 +90,5 @@ def _refusal(node: fx.Node) -> str | None:
 
 def _heads_and_dim(node: fx.Node) -> tuple[int, int]:
     """H and D of a node of shape [B, H, T, D]."""
-    _, heads, _, dim = node.meta["shape"] if "shape" in node.meta else node.meta["val"].shape
+    _, heads, _, dim = node.meta["shape"]
     return int(heads), int(dim)

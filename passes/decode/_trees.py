@@ -26,15 +26,15 @@ def best_tree(rates: Sequence[Sequence[float]], nodes: int) -> Tree:
     sum over all nodes is the expected number of accepted drafts, and the best-first order maximises it for every count.
     Nodes that are never reached are left out. Among equals the first in the order of their rank paths is taken.
     """
-    heap: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
+    heap: list[tuple[float, tuple[int, ...], float]] = [(-1.0, (), 1.0)]
     paths: list[tuple[int, ...]] = []
     while heap and len(paths) <= nodes:
-        reached, path = heapq.heappop(heap)
+        _, path, reached = heapq.heappop(heap)
         paths.append(path)
         for rank, rate in enumerate(rates[len(path)] if len(path) < len(rates) else ()):
             if rate > 0:
-                # rounded, so that equal products are equal in whatever order they were multiplied
-                heapq.heappush(heap, (round(reached * rate, 12), (*path, rank)))
+                # rounded in comparisons, so that equal products are equal in whatever order they were multiplied
+                heapq.heappush(heap, (-round(reached * rate, 12), (*path, rank), reached * rate))
     return Tree.from_paths(paths[1:])
 
 

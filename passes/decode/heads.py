@@ -57,11 +57,12 @@ class Heads(Pass):
         """A decoder with a cache plan, no drafter, and one vocabulary head."""
         yield from cached_decoder(program)
         yield from no_drafter(program)
+        taken = [name for name in (*program.outputs, *program.weights) if name == "heads" or name.startswith("heads.")]
+        if taken and program.decode is None:
+            yield f"{program.name} must not use the name '{taken[0]}', which stands for decoding heads"
         found = [node.name for node in program.calls(HEAD)]
-        if len(found) != 1:
+        if len(found) != 1 and not taken:
             yield f"{program.name} must have one vocabulary head, but has {len(found)}: {', '.join(found) or 'none'}"
-        if "heads" in program.outputs or any(name.startswith("heads.") for name in program.weights):
-            yield f"{program.name} already has an output or weights named 'heads'"
         vocabulary = program.facts.get("vocabulary", self.width)
         if vocabulary < self.width:
             yield f"width must be at most the vocabulary of {vocabulary} tokens, but is {self.width}"

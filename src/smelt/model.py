@@ -107,7 +107,7 @@ class Compiled:
         bound = self._bound.get(key)
         if bound is None:
             buffers = {n: torch.empty_like(t, memory_format=torch.contiguous_format) for n, t in inputs.items()}
-            bound = self._bound[key] = Bound(self.plan, buffers, None, None, self._decoded)
+            bound = self._bound[key] = Bound(self.plan, buffers, None, self._decoded)
         for name, value in inputs.items():
             bound.inputs[name].copy_(value)
         bound.run()

@@ -58,6 +58,7 @@ class Encode(Idle):
     values: Encoding | None = None
     last: Tail | None = None
     heads: dict[str, int] | None = None
+    tails: tuple[Tail, ...] = ()
 
 
 @dataclass(frozen=True)

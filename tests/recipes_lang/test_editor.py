@@ -75,6 +75,8 @@ BAD: list[Any] = [
     {"weights.quantize": {"bits": 4, "name": "A"}},
     {"cache.encode": {"last": {"size": 4, "rol": True}}},
     {"cache.encode": {"values": 4}},
+    {"cache.encode": {"values": {"afine": {"bits": 4, "group": 32}}}},
+    {"cache.encode": {"values": {"dense": "float16", "affine": {"bits": 4, "group": 32}}}},
     {"cache.encode": {"gate": {"otherwise": "wait"}}},
 ]
 

@@ -32,6 +32,10 @@ FAULTS = {
         HEAD + "steps:\n  - cache.encode: {last: {size: 4, rol: true}}\n",
         "r.yaml:5:36: unknown key 'rol' in 'last' in cache.encode (did you mean 'roll'?)",
     ),
+    "option of a dataclass in a list": (
+        HEAD + "steps:\n  - cache.encode: {tails: [{size: 4}, {size: 4, rol: true}]}\n",
+        "r.yaml:5:54: 'tails' in cache.encode must be a list (a mapping each), but its part [1].rol is true",
+    ),
     "wrong type": (
         HEAD + "steps:\n  - weights.quantize: {bits: four}\n",
         "r.yaml:5:30: 'bits' in weights.quantize must be a whole number, but is \"four\"",

@@ -88,6 +88,21 @@ def test_refuses(text: str, catalogue: Catalogue) -> None:
     assert str(caught.value) == f"--set {text}: {REFUSED[text]}"
 
 
+def test_what_the_pass_refuses_names_the_change(catalogue: Catalogue) -> None:
+    with pytest.raises(SmeltError) as caught:
+        load(RECIPE, catalogue, ["low.damping=1", "low.bits=9"])
+    what = "weights.quantize (with --set low.damping=1, --set low.bits=9)"
+    assert str(caught.value) == f"<dict>:steps[1].weights.quantize: {what}: bits must lie between 1 and 8, but is 9"
+
+
+def test_what_an_encoding_refuses_names_the_change(catalogue: Catalogue) -> None:
+    steps = [{"cache.encode": {"values": {"affine": {"bits": 4, "group": 32}}}}]
+    change = "cache.encode.values.affine.bits=5"
+    with pytest.raises(SmeltError) as caught:
+        load({**RECIPE, "steps": steps}, catalogue, [change])
+    assert str(caught.value).startswith(f"--set {change}: 'values' in cache.encode: affine: bits must be one of ")
+
+
 def test_a_value_that_is_no_yaml(catalogue: Catalogue) -> None:
     with pytest.raises(SmeltError, match=r"^--set low\.bits=\[1:1:3: not valid YAML: "):
         load(RECIPE, catalogue, ["low.bits=[1"])

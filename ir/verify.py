@@ -1,0 +1,172 @@
+"""The verifier: raises for a Program that cannot be what it says it is. It runs after capture and after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+from torch import fx
+
+from .cache.plan import Site
+from .encoding import Dense
+from .errors import SmeltError, nearest
+from .ops import CACHED_ATTENTION, OPS, arguments
+from .program import Program
+from .rules import faults, same, same_shape, shown
+from .shapes import derive, symbol
+from .targets import refusal
+from .weight import Weight
+
+PADDING_BITS = 64  # most bits that rounding a part up to whole words may add to an encoding's formula
+_sound: WeakSet[Weight] = WeakSet()  # weights are values: each is measured once, which may map its file
+
+
+def verify(program: Program) -> None:
+    """Raises SmeltError naming the node, weight or plan at fault; sets the shapes of every node (`derive`).
+
+    A Program holds a well-formed graph of ATen and dialect calls that write nothing in place, returns named tensors,
+    reads every weight it carries, stores each weight as its encoding says, and has for each cache site exactly one
+    `cached_attention` of its geometry. Its decode plan finds the outputs that it drafts from.
+    """
+    _graph(program)
+    _weights(program)
+    derive(program)
+    for node in program.graph.nodes:
+        for fault in faults(node):
+            _refuse(program, f"{_at(node)}: {fault}")
+    _results(program)
+    _cache(program)
+    _decode(program)
+
+
+def _refuse(program: Program, fault: str) -> NoReturn:
+    raise SmeltError(f"{program.name}: {fault}")
+
+
+def _at(node: fx.Node) -> str:
+    name = f"smelt.{OPS[node.target].name}" if node.target in OPS else node.target
+    return f"%{node.name} = {name}"
+
+
+def _graph(program: Program) -> None:
+    try:
+        program.graph.lint()
+    except Exception as fault:  # lint raises several kinds
+        _refuse(program, f"the graph is malformed: {str(fault).splitlines()[0]}")
+    nodes = list(program.graph.nodes)
+    outputs = nodes[-1].args[0] if nodes and nodes[-1].op == "output" else None
+    if not isinstance(outputs, dict) or not outputs or sum(node.op == "output" for node in nodes) != 1:
+        _refuse(program, "the graph must end in one output node that names its results")
+    for name, node in outputs.items():
+        if not isinstance(name, str) or not isinstance(node, fx.Node):
+            _refuse(program, f"output {name!r} is {node!r}; outputs are nodes by name")
+    if len(set(program.inputs)) != len(program.inputs):
+        _refuse(program, f"two inputs have one name: {', '.join(program.inputs)}")
+    for node in nodes:
+        if node.op == "call_function" and (reason := refusal(node.target)):
+            _refuse(program, f"%{node.name}: {reason}")
+        if node.op not in ("call_function", "placeholder", "get_attr", "output"):
+            _refuse(program, f"%{node.name}: a node of kind {node.op} has no place in a program")
+
+
+def _weights(program: Program) -> None:
+    reads = [node for node in program.graph.nodes if node.op == "get_attr"]
+    for node in reads:
+        if node.target not in program.weights:
+            name = str(node.target)
+            _refuse(program, f"%{node.name} reads the weight '{name}', which is missing{nearest(name, program.weights)}")
+    unread = program.weights.keys() - {node.target for node in reads if node.users}
+    if unread:
+        _refuse(program, f"nothing reads the weight '{min(unread)}'; drop it with `prune`")
+    for name, weight in program.weights.items():
+        if weight in _sound:
+            continue
+        for fault in _misfits(weight):
+            _refuse(program, f"weight '{name}' {list(weight.shape)} {weight.encoding}: {fault}{program.changed_by(name)}")
+        _sound.add(weight)
+
+
+def _misfits(weight: Weight) -> Iterator[str]:
+    if reason := weight.encoding.refuses(weight.shape):
+        yield reason
+        return
+    if isinstance(weight.encoding, Dense):
+        data = weight.parts["data"]
+        if tuple(data.shape) != weight.shape or data.dtype != weight.encoding.torch_dtype:
+            yield f"its part is {data.dtype} {list(data.shape)}"
+        return
+    formula, measured = weight.bits, 8 * weight.nbytes
+    if not formula <= measured <= formula + PADDING_BITS * len(weight.parts):
+        yield f"its parts hold {measured} bits, the encoding asks for {formula}"
+
+
+def _results(program: Program) -> None:
+    """Outputs are tensors, and a decoder looks like one."""
+    for name, node in program.outputs.items():
+        if isinstance(node.meta["dtype"], tuple) or "value" in node.meta:
+            _refuse(program, f"output '{name}' is %{node.name}, which is not one tensor")
+    if program.facts.get("kind") != "decoder":
+        return
+    if missing := [name for name in ("tokens", "positions") if name not in program.inputs]:
+        _refuse(program, f"a decoder has the inputs tokens and positions; {missing[0]} is missing")
+    if "logits" not in program.outputs:
+        _refuse(program, f"a decoder has the output logits, not only {', '.join(program.outputs)}")
+    logits = program.outputs["logits"].meta["shape"]
+    vocabulary = program.facts.get("vocabulary", logits[-1])
+    if not same_shape(logits, (symbol("B"), symbol("T"), vocabulary)):
+        _refuse(program, f"logits are {shown(logits)}, a decoder of {vocabulary} tokens yields [B, T, {vocabulary}]")
+
+
+def _cache(program: Program) -> None:
+    nodes = list(program.calls(CACHED_ATTENTION))
+    if program.cache is None:
+        if nodes:
+            _refuse(program, f"{_at(nodes[0])} has no cache plan; cache.insert makes both")
+        return
+    sites = {site.layer: site for site in program.cache.sites}
+    readers: dict[int, fx.Node] = {}
+    for node in nodes:
+        a = arguments(node)
+        if a["layer"] not in sites:
+            _refuse(program, f"{_at(node)} attends over layer {a['layer']}, for which the cache plan has no site")
+        if a["layer"] in readers:
+            _refuse(program, f"{_at(node)} and %{readers[a['layer']].name} both write the cache site of layer {a['layer']}")
+        readers[a["layer"]] = node
+        for fault in _misplaced(sites[a["layer"]], a):
+            _refuse(program, f"{_at(node)}: {fault}{program.changed_by('cache')}")
+    if unread := [layer for layer in sites if layer not in readers]:
+        _refuse(program, f"no cached_attention reads the cache site of layer {unread[0]}")
+
+
+def _misplaced(site: Site, a: dict[str, Any]) -> Iterator[str]:
+    """How a node differs from the site that it reads."""
+    _, heads, _, key_dim = a["query"].meta["shape"]
+    _, kv_heads, _, value_dim = a["value"].meta["shape"]
+    found = {"heads": heads, "kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim, "window": a["window"]}
+    for name, value in found.items():
+        planned = getattr(site, name)
+        if planned is not value and (None in (planned, value) or not same(planned, value)):
+            yield f"the cache site of layer {site.layer} has {name} {planned}, the node {value}"
+
+
+def _decode(program: Program) -> None:
+    plan = program.decode
+    if plan is None:
+        return
+    if plan.drafter not in ("recycle", "heads"):
+        _refuse(program, f"decode plan: unknown drafter '{plan.drafter}'; known: recycle, heads")
+    if "logits" not in program.outputs:
+        _refuse(program, "decode plan: verifying drafts needs the output 'logits'")
+    vocabulary = program.outputs["logits"].meta["shape"][-1]
+    if plan.width > vocabulary:
+        _refuse(program, f"decode plan: drafts {plan.width} candidates out of {vocabulary} tokens")
+    if plan.drafter != "heads":
+        return
+    if "heads" not in program.outputs:
+        _refuse(program, "decode plan: the drafter 'heads' reads the output 'heads', which the program does not have")
+    heads, depth = program.outputs["heads"].meta["shape"], max(plan.tree.depths)
+    if len(heads) != 4 or not same_shape((*heads[:2], heads[3]), program.outputs["logits"].meta["shape"]):
+        _refuse(program, f"decode plan: the output 'heads' is {shown(heads)}, it must be [B, T, heads, {vocabulary}]")
+    if depth > heads[2]:
+        _refuse(program, f"decode plan: the tree is {depth} deep, but there are {heads[2]} heads, one for each place ahead")

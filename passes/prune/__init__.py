@@ -1,0 +1,1 @@
+"""Passes that take parts out of a model and leave smaller dense matrices."""

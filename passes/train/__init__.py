@@ -1,0 +1,1 @@
+"""Passes that train: everything that gradients change in a Program."""

@@ -1,0 +1,38 @@
+"""Cuts a Program at one node: a frozen trunk that computes it, and a branch that starts from it and can be trained."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ...ir.program import Program
+
+
+def trunk(program: Program, at: fx.Node) -> Program:
+    """A Program of the same inputs whose only output, `hidden`, is the value of node `at`; weights are shared."""
+    part = program.fork()
+    cut = _twin(part, at)
+    part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
+    part.graph.output({"hidden": cut})
+    part.prune()
+    return part
+
+
+def branch(program: Program, at: fx.Node, output: str) -> Program:
+    """A Program from the input `hidden`, the value of node `at`, to one output; weights are shared."""
+    part = program.fork()
+    cut, result = _twin(part, at), part.outputs[output]
+    with part.graph.inserting_before(next(iter(part.graph.nodes))):
+        hidden = part.graph.placeholder("hidden")
+    cut.replace_all_uses_with(hidden)
+    part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
+    part.graph.output({output: result})
+    part.prune()
+    for node in part.graph.find_nodes(op="placeholder"):
+        if node is not hidden and not node.users:
+            part.graph.erase_node(node)
+    return part
+
+
+def _twin(part: Program, node: fx.Node) -> fx.Node:
+    """The node of a fork that copies `node`."""
+    return next(twin for twin in part.graph.nodes if twin.name == node.name)
