@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 TORCH ?= torch==2.13.0
-CPU_WHEELS := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 DEMO := $(PY) examples/demo.py
 ARGS ?=
 
@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 # Two processes of one thread each: on a shared machine, OpenMP threads that outnumber the cores wait for each other.
 test: $(VENV)/.installed $(VENV)/.encoder
 	@parallel=$$($(PY) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null || true)
-	OMP_NUM_THREADS=1 $(PY) -m pytest $$parallel $(ARGS)
+	OMP_NUM_THREADS=1 SMELT_THREADS=1 $(PY) -m pytest $$parallel $(ARGS)
 
 lint: $(VENV)/.installed
 	@$(VENV)/bin/ruff check
@@ -49,17 +49,12 @@ $(VENV)/bin/pip:
 	echo "making $(VENV) with $$($$python --version)"
 	$$python -m venv $(VENV)
 
-# torch comes first and by itself: only this step asks the index with the CPU build, a tenth of the size of the one for
-# CUDA. Nobody waits for that index where it cannot be reached, and a machine with an NVIDIA driver gets the CUDA build.
+# torch comes first and by itself. Where pip's own index has only the build for CUDA, TORCH_INDEX names one with the CPU
+# build, a tenth of the size: make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
 	@if ! $(PY) -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; then
-		index=
-		reach='import urllib.request as r; r.urlopen("$(CPU_WHEELS)/torch/", timeout=3)'
-		if ! command -v nvidia-smi >/dev/null && timeout 5 $(PY) -c "$$reach" 2>/dev/null; then
-			index='--extra-index-url $(CPU_WHEELS)'
-		fi
 		echo 'installing $(TORCH) (a minute or more)'
-		$(PIP) install -q $(TORCH) $$index
+		$(PIP) install -q $(TORCH) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	fi
 	echo 'installing smelt and its tools'
 	$(PIP) install -q -e '.[dev,hf]'

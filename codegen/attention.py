@@ -11,9 +11,8 @@ import torch
 from ..ir.cache import Cache, Site
 from ..ir.cache.step import Step
 from ..ir.errors import SmeltError
-from .attention_source import CHUNK, PARTS, pages_a_chunk, parts, queries, source
+from .attention_source import PARTS, scratch, source
 from .build import build, threads
-from .printers.cpp import LANES
 
 __all__ = ["Bound", "SegmentAttention", "covers", "source"]
 
@@ -75,20 +74,12 @@ class SegmentAttention:
             raise SmeltError(f"layer {layer}: its cache site differs from the one that this kernel was built for")
         return Bound(self, cache, layer)
 
-    def work(self, cache: Cache) -> torch.Tensor:
-        """Scratch for every chunk of a step, grown when a longer tail or step needs it."""
-        size = cache.batch * chunks(self.site, cache) * self.site.heads * queries(self.site)
-        size *= -(-self.site.value_dim // LANES) * LANES + 2
+    def work(self, cache: Cache, size: int) -> torch.Tensor:
+        """Scratch of at least `size` floats, shared by the layers of a cache."""
         held = self._work.get(cache)
         if held is None or held.numel() < size:
             held = self._work[cache] = torch.empty(size)
         return held
-
-
-def chunks(site: Site, cache: Cache) -> int:
-    """Most units of work that one row and KV head is cut into."""
-    widest = max(segments.width for segments in cache.segments.values() if segments.site.tail == site.tail)
-    return -(-site.pages(cache.capacity) // pages_a_chunk(site)) - (-widest // CHUNK)
 
 
 class Bound:
@@ -124,15 +115,22 @@ class Bound:
             self._fetch()
         if self.cache.step is not self._step or self._step is None:
             self._enter()
-        if q.shape != self._shapes[0] or out.shape != self._shapes[1] or not q.dtype == out.dtype == torch.float32:
-            raise ValueError(
-                f"attention takes float32 {self._shapes[0]} to {self._shapes[1]}, not {q.shape}, {out.shape}"
-            )
+        self._check(q, self._shapes[0])
+        self._check(out, self._shapes[1])
         call.q, (call.q_row, call.q_head, call.q_token, _) = q.data_ptr(), q.stride()
         call.out, (call.out_row, call.out_head, call.out_token, _) = out.data_ptr(), out.stride()
+        if sinks is not None:
+            self._check(sinks, (self.kernel.site.heads,))
         call.sinks = sinks.data_ptr() if sinks is not None else None
         call.scale, call.softcap = scale, softcap or 0.0
         self.kernel.run(*self._references)
+
+    def _check(self, x: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if x.shape != shape or x.dtype is not torch.float32 or x.stride(-1) != 1:
+            raise ValueError(
+                f"layer {self.layer}: attention takes float32 {list(shape)}, contiguous in its last dim, "
+                f"not {x.dtype} {list(x.shape)} with strides {x.stride()}"
+            )
 
     def _fetch(self) -> None:
         """Addresses of the layer's buffers."""
@@ -142,8 +140,11 @@ class Bound:
         at.places = segments.places.data_ptr() if segments.places is not None else None
         at.counts = self.cache.counts(self.layer).data_ptr()
         at.rows, at.width, at.pages = self.cache.batch, segments.width, segments.slots
-        for slot, (role, part) in enumerate(parts(segments.site) if segments.keys else ()):
-            at.parts[slot] = (segments.keys if role == "keys" else segments.values)[part].data_ptr()
+        for slot, part in enumerate((*segments.keys.values(), *segments.values.values())):
+            at.parts[slot] = part.data_ptr()
+        size = scratch(segments.site, self.cache.batch, segments.slots, segments.width)
+        self._work = self.kernel.work(self.cache, size)
+        self._call.work = self._work.data_ptr()
         self._generation, self._step = self.cache.generation, None
 
     def _enter(self) -> None:
@@ -156,5 +157,3 @@ class Bound:
         rows, site = (self.cache.batch, self.kernel.site.heads, step.tokens), self.kernel.site
         self._shapes = (*rows, site.key_dim), (*rows, site.value_dim)
         call.positions, call.visible = step.positions.data_ptr(), step.words.data_ptr()
-        self._work = self.kernel.work(self.cache)
-        call.work = self._work.data_ptr()

@@ -2,8 +2,7 @@
 
 Where an encoding is affine in its code with coefficients that are constant over the tokens of a tile (per-channel
 keys), they go to the query; where they are constant over a span of columns (per-token values), to the weights. What is
-read then are plain codes: on one AVX-512 core, 4-bit keys and values of 128 channels, 0.30 ms against 0.57 ms for the
-same bits decoded in the tile (2048 tokens, 8 KV heads, 2 query heads each; 2026-11).
+read then are plain codes.
 """
 
 from __future__ import annotations

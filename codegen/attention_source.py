@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..ir.cache import Site
-from ..ir.encoding import Encoding
+from .attention_header import HEADER
 from .attention_loaders import Body, dense_row, row
-from .attention_template import BODY, EMPTY_BODY, KERNEL, STRUCTS
+from .attention_template import BODY, EMPTY_BODY, KERNEL
 from .printers.cpp import CTYPES, LANES, PRELUDE, scalar
 
 CHUNK = 512  # tokens of a unit of work: 64 kB of 4-bit keys and values of 128 channels
@@ -41,7 +41,7 @@ def source(site: Site, name: str = "attend", prelude: bool = True) -> str:
         dense_values=_lines(dense_row(site.dense, site.value_dim), 2),
         body_scan=body,
     )
-    return (PRELUDE + STRUCTS if prelude else "") + text
+    return (PRELUDE + HEADER if prelude else "") + text
 
 
 def queries(site: Site) -> int:
@@ -54,14 +54,18 @@ def pages_a_chunk(site: Site) -> int:
     return max(1, CHUNK // max(site.kept, 1))
 
 
-def parts(site: Site) -> list[tuple[str, str]]:
-    """(role, part) in the order of `Buffers.parts`."""
+def scratch(site: Site, rows: int, slots: int, width: int) -> int:
+    """Floats of `Call.work` for a batch whose rows have `slots` pages of body and `width` slots of tail."""
+    chunks = -(-slots // pages_a_chunk(site)) - (-width // CHUNK)
+    padded = -(-site.value_dim // LANES) * LANES
+    return rows * chunks * site.heads * queries(site) * (padded + 2)
+
+
+def parts(site: Site) -> list[tuple[str, str, torch.Tensor]]:
+    """(role, part, an encoded page [1, …]) in the order of `Buffers.parts`."""
     roles = (("keys", site.key_encoding, site.key_dim), ("values", site.value_encoding, site.value_dim))
-    return [(role, part) for role, encoding, dim in roles for part in _page(encoding, site.kept, dim)]
-
-
-def _page(encoding: Encoding, kept: int, dim: int) -> dict[str, torch.Tensor]:
-    return encoding.encode(torch.zeros(1, kept, dim))
+    pages = [(role, encoding.encode(torch.zeros(1, site.kept, dim))) for role, encoding, dim in roles]
+    return [(role, part, page) for role, encoded in pages for part, page in encoded.items()]
 
 
 def _direct(site: Site) -> bool:
@@ -75,16 +79,17 @@ def _lines(lines: list[str], indent: int) -> str:
 
 def _body(site: Site) -> tuple[int, str]:
     """Tokens of a tile, and the scan over pages."""
-    body = Body.of(site)
-    names = {role: {part: f"{role}_{part}" for r, part in parts(site) if r == role} for role in ("keys", "values")}
+    body, pages = Body.of(site), parts(site)
+    if len(pages) > PARTS:
+        raise NotImplementedError(f"{len(pages)} parts of keys and values; the kernel takes {PARTS}")
+    names: dict[str, dict[str, str]] = {"keys": {}, "values": {}}
     pointers = []
-    for slot, (role, part) in enumerate(parts(site)):
-        encoding, dim = (site.key_encoding, site.key_dim) if role == "keys" else (site.value_encoding, site.value_dim)
-        stored = _page(encoding, site.kept, dim)[part]
-        kind = CTYPES[str(stored.dtype).removeprefix("torch.")]
-        pointers.append(f"const {kind}* {role}_{part} = (const {kind}*)at.parts[{slot}] + slice * {stored.numel()};")
-    if len(pointers) > PARTS:
-        raise NotImplementedError(f"{len(pointers)} parts of keys and values; the kernel takes {PARTS}")
+    for slot, (role, part, page) in enumerate(pages):
+        kind, name = CTYPES.get(str(page.dtype).removeprefix("torch.")), f"{role}_{part}"
+        if kind is None:
+            raise NotImplementedError(f"{role}: the part '{part}' is {page.dtype}, which the kernel cannot read")
+        pointers.append(f"const {kind}* {name} = (const {kind}*)at.parts[{slot}] + slice * {page.numel()};")
+        names[role][part] = name
     decode = row(body.keys.factor, site.key_dim, "key", names["keys"])
     decode += row(body.values.factor, site.value_dim, "value", names["values"])
     for at, (scale, zero) in enumerate(zip(body.values.scale, body.values.zero, strict=True)):

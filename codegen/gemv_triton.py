@@ -31,9 +31,12 @@ POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32"
 
 @dataclass(frozen=True)
 class Tile:
-    """Outputs and columns a step, and warps; both tile sides are powers of two."""
+    """Outputs and columns a step, and warps; both tile sides are powers of two.
 
-    block_n: int = 16
+    8 x 256 takes 39 to 72 registers on sm_90 (triton 3.9), 16 x 256 up to 250.
+    """
+
+    block_n: int = 8
     block_k: int = 256
     warps: int = 4
 

@@ -1,4 +1,4 @@
-"""What a step costs, in symbols: operations and bytes of every node, over B rows, T new tokens and S tokens before them."""
+"""What a step costs: operations and bytes of every node, in B rows, T new tokens and S tokens before them."""
 
 from __future__ import annotations
 

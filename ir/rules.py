@@ -32,7 +32,9 @@ def faults(node: fx.Node) -> Iterator[str]:
     rule = _RULES.get(node.target)
     if rule is not None:
         given = arguments(node)
-        yield from rule({name: value.meta["shape"] if isinstance(value, fx.Node) else value for name, value in given.items()})
+        yield from rule(
+            {name: value.meta["shape"] if isinstance(value, fx.Node) else value for name, value in given.items()}
+        )
         if unready := [n for n, v in given.items() if n in _INTEGERS.get(node.target, ()) and _floats(v)]:
             yield f"{unready[0]} must be integers"
 
@@ -58,7 +60,7 @@ def _floats(value: Any) -> bool:
 
 def _linear(a: Arguments) -> Iterator[str]:
     x, weight, bias = a["x"], a["weight"], a["bias"]
-    if len(weight) != 2 or not same(x[-1], weight[1]):
+    if not x or len(weight) != 2 or not same(x[-1], weight[1]):
         yield f"x {shown(x)} does not fit weight {shown(weight)}, which is [N, K] over a last dim of K"
     elif bias is not None and not same_shape(bias, weight[:1]):
         yield f"bias {shown(bias)} does not fit weight {shown(weight)}"
@@ -82,12 +84,13 @@ def _activation(a: Arguments) -> Iterator[str]:
 
 def _experts(a: Arguments) -> Iterator[str]:
     x, gate_up, down = a["x"], a["gate_up"], a["down"]
-    if [len(x), len(gate_up), len(down)] != [2, 3, 3]:
-        yield "needs x [N, K], gate_up [E, 2 I, K] and down [E, K, I]"
+    if [len(x), len(gate_up), len(down), len(a["chosen"])] != [2, 3, 3, 2]:
+        yield "needs x [N, K], chosen [N, J], gate_up [E, 2 I, K] and down [E, K, I]"
         return
     count, twice, wide = gate_up
     if not same(x[1], wide) or not same_shape(down, (count, wide, sympy.sympify(twice) / 2)):
-        yield f"x {shown(x)}, gate_up {shown(gate_up)} and down {shown(down)} do not fit: [N, K], [E, 2 I, K], [E, K, I]"
+        given = f"x {shown(x)}, gate_up {shown(gate_up)} and down {shown(down)}"
+        yield f"{given} do not fit: they are [N, K], [E, 2 I, K] and [E, K, I]"
     if not same_shape(a["chosen"], a["shares"]) or not same(a["chosen"][0], x[0]):
         yield f"chosen {shown(a['chosen'])} and shares {shown(a['shares'])} must both be [{x[0]}, J]"
     yield from _activation(a)
@@ -103,7 +106,7 @@ def _rotary(a: Arguments) -> Iterator[str]:
     x, positions, table = a["x"], a["positions"], a["inv_freq"]
     if len(x) != 4 or not same_shape(positions, (x[0], x[2])):
         yield f"x {shown(x)} is [B, H, T, D] and needs positions [B, T], not {shown(positions)}"
-    elif len(table) != 1 or 2 * table[0] > x[3]:
+    elif len(table) != 1 or sympy.sympify(2 * table[0] - x[3]).is_positive:
         yield f"inv_freq {shown(table)} turns pairs, but a head has {x[3]} dims"
 
 
@@ -117,7 +120,7 @@ def _attention(a: Arguments) -> Iterator[str]:
         yield f"query and key differ in batch or dim: {both}"
     if not same_shape(key[:3], value[:3]):
         yield f"key and value differ in batch, heads or tokens: {both}"
-    if query[1] % key[1]:
+    if not key[1] or sympy.sympify(query[1]) % key[1] != 0:
         yield f"{query[1]} query heads do not share {key[1]} kv heads evenly"
     if a["sinks"] is not None and not same_shape(a["sinks"], query[1:2]):
         yield f"sinks {shown(a['sinks'])} must be one for each of {query[1]} query heads"
@@ -127,9 +130,15 @@ def _attention(a: Arguments) -> Iterator[str]:
 
 def _masked(a: Arguments) -> Iterator[str]:
     yield from _attention(a)
-    mask = a["mask"]
-    if mask is not None and len(mask) == 2 and not same_shape(mask, (a["key"][0], a["key"][2])):
-        yield f"mask {shown(mask)} does not fit key {shown(a['key'])}: it is [B, S]"
+    mask, full = a["mask"], (*a["query"][:3], a["key"][2])
+    if mask is None:
+        return
+    padding = len(mask) == 2
+    expected = (full[0], full[3]) if padding else full[max(0, 4 - len(mask)) :]
+    if len(mask) != len(expected) or any(
+        not same(m, d) and (padding or not same(m, 1)) for m, d in zip(mask, expected, strict=True)
+    ):
+        yield f"mask {shown(mask)} does not fit logits {shown(full)}: it is [B, S], or broadcasts to [B, H, T, S]"
 
 
 def _cached(a: Arguments) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -51,24 +51,31 @@ def derive(program: Program) -> None:
             except SmeltError as fault:
                 raise SmeltError(f"{program.name}: %{node.name}: {fault}") from fault
             except Exception as fault:  # fake kernels raise every kind; each means arguments that do not fit
-                raise SmeltError(f"{program.name}: {_call(node, values, sizes)} does not fit: {_first(fault)}") from fault
+                raise SmeltError(
+                    f"{program.name}: {_call(node, values, sizes)} does not fit: {sizes.named(fault)}"
+                ) from fault
             node.meta.pop("value", None)
             node.meta.update(meta)
 
 
 def _described(program: Program, name: str) -> tuple[tuple[int | str, ...], torch.dtype]:
     """Shape (strings are symbols) and dtype of an input, from the facts or by its customary name."""
-    described = program.facts.get("inputs", {}).get(name)
+    inputs = program.facts.get("inputs")
+    described = inputs.get(name) if isinstance(inputs, dict) else None
     if described is None and name in ("tokens", "positions", "mask"):
         return ("B", "T"), torch.int64
     if described is None:
         raise SmeltError(f'{program.name}: input "{name}" has no shape; describe it in facts["inputs"]')
-    shape, dtype = described.get("shape"), described.get("dtype")
-    if not isinstance(shape, list | tuple) or not all(isinstance(d, int | str) for d in shape) or dtype not in DTYPES:
+    shape, dtype = (described.get(key) if isinstance(described, dict) else None for key in ("shape", "dtype"))
+    if not isinstance(shape, list | tuple) or not all(map(_is_size, shape)) or dtype not in DTYPES:
         raise SmeltError(
             f'{program.name}: facts["inputs"]["{name}"] is not like {{"shape": ["B", 3], "dtype": "float32"}}'
         )
     return tuple(shape), getattr(torch, dtype)
+
+
+def _is_size(size: Any) -> bool:
+    return size.isidentifier() if isinstance(size, str) else isinstance(size, int) and size >= 0
 
 
 def _value(program: Program, node: fx.Node, values: dict[fx.Node, Any], inputs: Any, sizes: _Sizes) -> Any:
@@ -97,13 +104,15 @@ class _Sizes:
     def __init__(self, names: set[str]) -> None:
         others = sorted(names - _EXAMPLES.keys())
         if len(others) > len(_MORE_EXAMPLES):
-            raise SmeltError(f"inputs use {len(others)} symbols beyond B and T, at most {len(_MORE_EXAMPLES)} can be told apart")
+            raise SmeltError(
+                f"inputs use {len(others)} symbols beyond B and T, at most {len(_MORE_EXAMPLES)} can be told apart"
+            )
         examples = {n: _EXAMPLES[n] for n in _EXAMPLES if n in names} | dict(zip(others, _MORE_EXAMPLES, strict=False))
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(examples))
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(examples))
         real = torch.empty(tuple(examples.values()), device="meta")
-        traced = self.mode.from_tensor(real, symbolic_context=context, source=ConstantSource("sizes"))
-        self.of = dict(zip(examples, traced.shape, strict=True))
+        traced = self.mode.from_tensor(real, symbolic_context=context)
+        self.of: dict[str, Any] = dict(zip(examples, traced.shape, strict=True))
         self._symbols = {size.node.expr: symbol(name) for name, size in self.of.items()}
 
     def check(self) -> None:
@@ -126,6 +135,12 @@ class _Sizes:
         if isinstance(value, float | torch.SymFloat):
             return {"shape": (), "dtype": torch.float64}
         raise SmeltError(f"yields a {type(value).__name__}; a node yields tensors or sizes")
+
+    def named(self, fault: BaseException) -> str:
+        """The first line of torch's message, with our symbols for its own."""
+        line = next((line.strip() for line in str(fault).splitlines() if line.strip()), type(fault).__name__)[:200]
+        names = {str(theirs): str(ours) for theirs, ours in self._symbols.items()}
+        return re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), line)
 
     def _dim(self, size: Any) -> Any:
         expr = _plain(size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size), self._symbols)
@@ -176,11 +191,6 @@ def _call(node: fx.Node, values: dict[fx.Node, Any], sizes: _Sizes) -> str:
         if isinstance(values.get(n), torch.Tensor)
     ]
     return f"%{node.name} = {node.target}({', '.join(shapes)})"
-
-
-def _first(fault: BaseException) -> str:
-    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(fault).__name__
 
 
 @contextmanager

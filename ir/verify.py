@@ -75,7 +75,9 @@ def _weights(program: Program) -> None:
     for node in reads:
         if node.target not in program.weights:
             name = str(node.target)
-            _refuse(program, f"%{node.name} reads the weight '{name}', which is missing{nearest(name, program.weights)}")
+            _refuse(
+                program, f"%{node.name} reads the weight '{name}', which is missing{nearest(name, program.weights)}"
+            )
     unread = program.weights.keys() - {node.target for node in reads if node.users}
     if unread:
         _refuse(program, f"nothing reads the weight '{min(unread)}'; drop it with `prune`")
@@ -83,7 +85,9 @@ def _weights(program: Program) -> None:
         if weight in _sound:
             continue
         for fault in _misfits(weight):
-            _refuse(program, f"weight '{name}' {list(weight.shape)} {weight.encoding}: {fault}{program.changed_by(name)}")
+            _refuse(
+                program, f"weight '{name}' {list(weight.shape)} {weight.encoding}: {fault}{program.changed_by(name)}"
+            )
         _sound.add(weight)
 
 
@@ -131,7 +135,9 @@ def _cache(program: Program) -> None:
         if a["layer"] not in sites:
             _refuse(program, f"{_at(node)} attends over layer {a['layer']}, for which the cache plan has no site")
         if a["layer"] in readers:
-            _refuse(program, f"{_at(node)} and %{readers[a['layer']].name} both write the cache site of layer {a['layer']}")
+            _refuse(
+                program, f"{_at(node)} and %{readers[a['layer']].name} both write the cache site of layer {a['layer']}"
+            )
         readers[a["layer"]] = node
         for fault in _misplaced(sites[a["layer"]], a):
             _refuse(program, f"{_at(node)}: {fault}{program.changed_by('cache')}")
@@ -169,4 +175,6 @@ def _decode(program: Program) -> None:
     if len(heads) != 4 or not same_shape((*heads[:2], heads[3]), program.outputs["logits"].meta["shape"]):
         _refuse(program, f"decode plan: the output 'heads' is {shown(heads)}, it must be [B, T, heads, {vocabulary}]")
     if depth > heads[2]:
-        _refuse(program, f"decode plan: the tree is {depth} deep, but there are {heads[2]} heads, one for each place ahead")
+        _refuse(
+            program, f"decode plan: the tree is {depth} deep, but there are {heads[2]} heads, one for each place ahead"
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -16,16 +18,39 @@ from ..program import Program
 from ..weight import Weight
 
 aten = torch.ops.aten
-# what these return is their first argument, in a graph that is only evaluated
-_PASS_THROUGH = {
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh_copy.default,
-    aten.detach_.default,
-    aten.dropout.default,
-    aten.feature_dropout.default,
-}
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.type_as.default}
+_COMPARISONS = {operator.ge, operator.le, operator.gt, operator.lt, operator.eq, operator.ne}
+
+
+def export(module: nn.Module, example: tuple[Any, ...], shapes: Any, name: str) -> ExportedProgram:
+    """torch.export without its log; every construct that it cannot trace becomes one SmeltError."""
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    except SmeltError:
+        raise
+    except Exception as fault:  # export raises dozens of kinds; each means a construct it cannot trace
+        raise SmeltError(f"{name}: cannot be captured yet: {_reason(fault)}") from fault
+
+
+def _reason(fault: Exception) -> str:
+    if "data-dependent" in str(fault) or "DataDependent" in type(fault).__name__:
+        return (
+            "it branches on values that are known only when it runs, and a graph takes one way; "
+            "express the choice as torch.where"
+        )
+    lines = (line.strip() for line in str(fault).splitlines())
+    return f"torch.export stops at: {next(filter(None, lines), type(fault).__name__)[:300]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs a traceback for each fake kernel that raises; the error says it already."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def to_program(
@@ -36,47 +61,44 @@ def to_program(
     weight: Callable[[str], Weight],
     canonical: Mapping[str, str],
 ) -> Program:
-    """A Program over the exported graph.
+    """A Program over the exported graph of a wrapper that holds the model as `model`.
 
     `inputs` and `outputs` name the user's inputs and results in order; `weight(name)` gives the value of a parameter or
-    buffer; `canonical` maps the names of tied tensors to the one that stays.
+    buffer; `canonical` maps the names of tied tensors to the one that stays. A weight is read where it is used, by a
+    node of its own for each use, so that evaluating the graph holds few decoded weights at a time.
     """
-    signature = exported.graph_signature
-    graph = fx.Graph()
-    table: dict[fx.Node, fx.Node] = {}
-    weights: dict[str, Weight] = {}
+    graph, weights = fx.Graph(), dict[str, Weight]()
+    values: dict[fx.Node, fx.Node] = {}
+    stored: dict[fx.Node, str] = {}
     names = iter(inputs)
-    specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs if hasattr(spec.arg, "name")}
+
+    def use(node: fx.Node) -> fx.Node:
+        if node not in stored:
+            return values[node]
+        read = graph.create_node("get_attr", stored[node])
+        read.meta["val"] = node.meta.get("val")
+        return read
+
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             spec = specs[node.name]
             if spec.kind is InputKind.USER_INPUT:
-                table[node] = graph.placeholder(next(names))
-            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-                if not node.users:
-                    continue
-                assert spec.target is not None
-                target = canonical.get(spec.target, spec.target)
-                weights.setdefault(target, weight(target))
-                table[node] = graph.create_node("get_attr", target)
-            elif spec.kind is InputKind.CONSTANT_TENSOR:
-                if not node.users:
-                    continue
-                assert spec.target is not None
-                value = exported.constants[spec.target]
-                if not isinstance(value, torch.Tensor) or value.is_meta:
-                    raise SmeltError(f"{name}: the constant {spec.target} has no value to capture")
-                weights[spec.target] = Weight.of(value)
-                table[node] = graph.create_node("get_attr", spec.target)
-            else:
-                raise SmeltError(f"{name}: an input of kind {spec.kind.name} cannot be captured yet")
+                values[node] = graph.placeholder(next(names))
+                values[node].meta["val"] = node.meta.get("val")
+            elif node.users:
+                stored[node], value = _stored(exported, spec, name, weight, canonical)
+                weights.setdefault(stored[node], value)
         elif node.op == "output":
             results = node.args[0]
             if len(results) != len(outputs):
                 raise SmeltError(f"{name}: the model returns {len(results)} tensors, expected {len(outputs)}")
-            graph.output({out: table[result] for out, result in zip(outputs, results, strict=True)})
+            if not all(isinstance(result, fx.Node) for result in results):
+                raise SmeltError(f"{name}: the model returns something other than tensors, which cannot be captured")
+            graph.output({out: use(result) for out, result in zip(outputs, results, strict=True)})
         elif node.op == "call_function":
-            _copy_call(node, graph, table)
+            if not _is_check(node):
+                values[node] = _copied(node, graph, use, name)
         else:
             raise SmeltError(f"{name}: a graph node of kind {node.op} ({node.target}) cannot be captured yet")
     program = Program(name, graph, weights)
@@ -85,48 +107,39 @@ def to_program(
     return program
 
 
-def strip_prefix(exported: ExportedProgram) -> None:
-    """Parameter and buffer names without the `model.` of the wrapper that was exported."""
-    for spec in exported.graph_signature.input_specs:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
-            spec.target = spec.target.removeprefix("model.")
+def _stored(
+    exported: ExportedProgram, spec: Any, name: str, weight: Callable[[str], Weight], canonical: Mapping[str, str]
+) -> tuple[str, Weight]:
+    """Name and value of a tensor that the graph reads beside its inputs."""
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+        target = str(spec.target).removeprefix("model.")
+        target = canonical.get(target, target)
+        return target, weight(target)
+    if spec.kind is not InputKind.CONSTANT_TENSOR:
+        raise SmeltError(f"{name}: an input of kind {spec.kind.name} cannot be captured yet")
+    value = exported.constants[spec.target]
+    if not isinstance(value, torch.Tensor) or value.is_meta:
+        raise SmeltError(f"{name}: the constant {spec.target} has no value to capture")
+    return str(spec.target), Weight.of(value)
 
 
-def _copy_call(node: fx.Node, graph: fx.Graph, table: dict[fx.Node, fx.Node]) -> None:
-    if node.target in _PASS_THROUGH or _is_plain_cast(node):
-        table[node] = table[node.args[0]]  # type: ignore[index]
-        return
-    if _is_check(node):
-        return
+def _copied(node: fx.Node, graph: fx.Graph, use: Callable[[fx.Node], fx.Node], name: str) -> fx.Node:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        raise SmeltError(f"control flow ({node.target}) inside the model cannot be captured yet")
-    table[node] = copied = graph.node_copy(node, lambda n: table[n])
+        raise SmeltError(f"{name}: control flow ({node.target}) inside the model cannot be captured yet")
+    copied = graph.node_copy(node, use)
     copied.meta = {"val": node.meta.get("val")}
-    # the graph was traced on the meta device; a Program names no device
-    copied.kwargs = {k: v for k, v in copied.kwargs.items() if k not in ("device", "pin_memory")}
+    # the graph may have been traced on the meta device; a Program names no device
+    copied.kwargs = {key: value for key, value in copied.kwargs.items() if key not in ("device", "pin_memory")}
     if copied.target is aten.to.device:
         copied.target, copied.args = aten.to.dtype, (copied.args[0], node.meta["val"].dtype)
-    if any(isinstance(a, torch.device) for a in copied.args):
-        raise SmeltError(f"{node.target} names a device in the graph and cannot be captured yet")
+    if any(isinstance(argument, torch.device) for argument in copied.args):
+        raise SmeltError(f"{name}: {node.target} names a device in the graph, which cannot be captured yet")
+    return copied
 
 
 def _is_check(node: fx.Node) -> bool:
     """Guards on symbolic sizes and tensor metadata; the verifier does their work."""
     text = str(node.target)
-    return "_assert" in text or "sym_constrain" in text or (node.target in _COMPARISONS and not _feeds_data(node))
-
-
-_COMPARISONS = {operator.ge, operator.le, operator.gt, operator.lt, operator.eq, operator.ne}
-
-
-def _feeds_data(node: fx.Node) -> bool:
-    return any(not _is_check(user) for user in node.users)
-
-
-def _is_plain_cast(node: fx.Node) -> bool:
-    """A cast or copy that changes neither type nor shape."""
-    if node.target not in _CASTS:
-        return False
-    before: Any = node.args[0].meta.get("val")  # type: ignore[union-attr]
-    after: Any = node.meta.get("val")
-    return isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype == after.dtype
+    if "_assert" in text or "sym_constrain" in text:
+        return True
+    return node.target in _COMPARISONS and all(_is_check(user) for user in node.users)

@@ -1,4 +1,4 @@
-"""A small matcher for graph patterns: trees of calls with named holes."""
+"""A small matcher for graph patterns: trees of calls with named holes, and the rewrite that follows a match."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+
+from ..ops import Op
+from ..program import Program
 
 
 @dataclass(frozen=True)
@@ -17,50 +20,53 @@ class Hole:
 
 @dataclass(frozen=True)
 class Call:
-    """Matches a call of one of `targets`; `swaps` also tries the first two arguments the other way round."""
+    """Matches a call of one of `targets` with exactly these arguments; `swaps` also tries the first two exchanged.
+
+    A call with keyword arguments never matches: they may change its meaning.
+    """
 
     targets: tuple[Any, ...]
     args: tuple[Any, ...]
     swaps: bool = False
 
 
-@dataclass(frozen=True)
-class Maybe:
-    """Matches `wrapped` around `inner`, or `inner` itself; the wrapper's holes stay unbound when it is absent."""
-
-    wrapped: Call
-    inner: Any
+Pattern = Any  # a Hole, a Call, a list or tuple of patterns, or a constant
+Bound = dict[str, Any]
 
 
-def match(pattern: Any, value: Any, bound: dict[str, Any] | None = None) -> dict[str, Any] | None:
+def match(pattern: Pattern, value: Any, bound: Bound | None = None) -> Bound | None:
     """The bindings under which `pattern` equals `value` (a node or a constant), or None."""
-    bound = dict(bound or {})
+    bound = bound or {}
     if isinstance(pattern, Hole):
-        if pattern.name in bound:
-            return bound if bound[pattern.name] is value or _same(bound[pattern.name], value) else None
-        return bound | {pattern.name: value}
-    if isinstance(pattern, Maybe):
-        found = match(pattern.wrapped, value, bound)
-        return found if found is not None else match(pattern.inner, value, bound)
+        if pattern.name not in bound:
+            return bound | {pattern.name: value}
+        return bound if _same(bound[pattern.name], value) else None
     if isinstance(pattern, Call):
-        if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in pattern.targets:
-            return None
-        if len(value.args) < len(pattern.args):
+        if not isinstance(value, fx.Node) or value.target not in pattern.targets or value.kwargs:
             return None
         found = _match_all(pattern.args, value.args, bound)
         if found is None and pattern.swaps:
             found = _match_all((pattern.args[1], pattern.args[0], *pattern.args[2:]), value.args, bound)
         return found
     if isinstance(pattern, list | tuple):
-        if not isinstance(value, list | tuple) or len(pattern) != len(value):
-            return None
-        return _match_all(tuple(pattern), tuple(value), bound)
+        return _match_all(tuple(pattern), tuple(value), bound) if isinstance(value, list | tuple) else None
     return bound if _same(pattern, value) else None
 
 
-def _match_all(patterns: tuple[Any, ...], values: tuple[Any, ...], bound: dict[str, Any]) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = bound
-    for pattern, value in zip(patterns, values, strict=False):
+def rewrite(program: Program, node: fx.Node, op: Op, *args: Any) -> fx.Node:
+    """`op(*args)` in the place of `node`, whose readers and shape it takes over."""
+    with program.graph.inserting_before(node):
+        call = program.graph.create_node("call_function", op.target, args, name=op.name)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    return call
+
+
+def _match_all(patterns: tuple[Pattern, ...], values: tuple[Any, ...], bound: Bound) -> Bound | None:
+    if len(patterns) != len(values):
+        return None
+    found: Bound | None = bound
+    for pattern, value in zip(patterns, values, strict=True):
         found = match(pattern, value, found)
         if found is None:
             return None
@@ -68,4 +74,12 @@ def _match_all(patterns: tuple[Any, ...], values: tuple[Any, ...], bound: dict[s
 
 
 def _same(a: Any, b: Any) -> bool:
-    return type(a) is not fx.Node and type(b) is not fx.Node and bool(a == b)
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return a is b or _reads_same(a, b)
+    return bool(a == b)
+
+
+def _reads_same(a: Any, b: Any) -> bool:
+    """Two nodes that read one weight."""
+    both = isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    return both and a.op == b.op == "get_attr" and a.target == b.target

@@ -1,4 +1,4 @@
-"""Encodings in the text form: `affine(bits=4, group=32, axis=token, zero=false, scale=float16)`, nested where they nest."""
+"""Encodings in the text form: `affine(bits=4, group=32, axis=token, zero=false, scale=float16)`, one in another too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a printed Program back, by recursive descent. A text can name only what a Program may hold: nothing is executed."""
+"""Reads a printed Program back, by recursive descent; a text names what a Program may hold, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def parse_program(text: str, weights: Mapping[str, Weight]) -> Program:
     the text carries one, content hash. Raises SmeltError with line and column.
     """
     reader = Reader(text)
-    reader.expect("smelt")
+    at = reader.expect("smelt").at
     if (version := reader.integer()) != VERSION:
-        reader.fail(f"text form {version}; this smelt reads form {VERSION}")
+        reader.fail(f"text form {version}; this smelt reads form {VERSION}", at)
     reader.expect("program")
     program = Program(reader.string(), fx.Graph(), {})
     if reader.accept("facts"):

@@ -99,5 +99,3 @@ def _shown(value: Any, place: str) -> str:
         return show_value(value)
     except SmeltError as fault:
         raise SmeltError(f"{place}: {fault}") from fault
-
-

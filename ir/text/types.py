@@ -7,7 +7,6 @@ from typing import Any
 import sympy
 import torch
 
-from ..errors import SmeltError
 from ..shapes import symbol
 from .lexer import Reader
 
@@ -16,12 +15,13 @@ _SHORT = {
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
     torch.uint8: "u8", torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
 }  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _SHORT.items()}
+_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_DTYPES |= {name: dtype for dtype, name in _SHORT.items()}
 _FUNCTIONS: dict[str, Any] = {
     "floor": sympy.floor, "ceiling": sympy.ceiling, "Mod": sympy.Mod, "Max": sympy.Max, "Min": sympy.Min,
 }  # fmt: skip
 _ARITIES = {"floor": (1,), "ceiling": (1,), "Mod": (2,), "Max": range(2, 9), "Min": range(2, 9)}
-_LARGEST_EXPONENT = 8
+_LARGEST_EXPONENT = 8  # so that a short text cannot ask for astronomic numbers
 
 
 def show_type(meta: dict[str, Any]) -> str | None:
@@ -36,9 +36,7 @@ def show_type(meta: dict[str, Any]) -> str | None:
 def _show(shape: Any, dtype: Any) -> str:
     if isinstance(dtype, tuple):
         return "(" + ", ".join(_show(s, d) for s, d in zip(shape, dtype, strict=True)) + ")"
-    if dtype not in _SHORT:
-        raise SmeltError(f"has no text form: the type {dtype}")
-    return f"{_SHORT[dtype]}[{', '.join(map(str, shape))}]"
+    return f"{_SHORT.get(dtype, str(dtype))}[{', '.join(map(str, shape))}]"
 
 
 def read_type(reader: Reader) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def _read(reader: Reader) -> tuple[Any, Any]:
         return tuple(shape for shape, _ in members), tuple(dtype for _, dtype in members)
     token = reader.kind("word")
     if token.text not in _DTYPES:
-        reader.fail(f"unknown type '{token.text[:40]}'; known: {', '.join(_DTYPES)}", token.at)
+        reader.fail(f"unknown type '{token.text[:40]}'; known: {', '.join(_SHORT.values())}", token.at)
     reader.expect("[")
     return tuple(_dim(reader) for _ in reader.items("]")), _DTYPES[token.text]
 
@@ -109,8 +107,9 @@ def _power(reader: Reader) -> Any:
     if not reader.accept("**"):
         return base
     at, exponent = reader.peek().at, reader.integer()
-    if exponent > _LARGEST_EXPONENT or base.has(sympy.Pow):  # sizes stay small however often a text multiplies
-        reader.fail(f"a power of a power, or above {_LARGEST_EXPONENT}", at)
+    huge = any(abs(number.p) >> 63 for number in base.atoms(sympy.Rational))
+    if exponent > _LARGEST_EXPONENT or base.is_Number or base.has(sympy.Pow) or huge:
+        reader.fail(f"not the power of a size: of a number or a power, or above {_LARGEST_EXPONENT}", at)
     return base**exponent
 
 

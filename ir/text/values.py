@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..encoding.dense import DTYPES
 from ..errors import SmeltError
 from .lexer import Reader, Token
 
@@ -21,8 +20,7 @@ _WORDS: dict[str, Any] = {
     "false": False,
     "inf": math.inf,
     "nan": math.nan,
-    **{f"torch.{name}": getattr(torch, name) for name in DTYPES},
-    **{f"torch.{name}": getattr(torch, name) for name in ("complex64", "complex128", "float8_e4m3fn", "float8_e5m2")},
+    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
     **{f"torch.{name}_format": getattr(torch, f"{name}_format") for name in ("contiguous", "preserve")},
     **{f"torch.{name}": getattr(torch, name) for name in ("channels_last", "channels_last_3d", "strided")},
 }

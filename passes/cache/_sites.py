@@ -1,13 +1,11 @@
-"""What the passes over cache sites share: trying a change on a plan, and counting what it stores."""
+"""What the passes over cache sites share: trying a change of sites, and making it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from ...ir.cache import CachePlan, Site
 from ...ir.errors import SmeltError
-from ...ir.program import Program
 
 SINK, TAIL, PAGE = 4, 64, 64  # where neither the step nor the plan says otherwise
 
@@ -30,9 +28,3 @@ def changed(plan: CachePlan, sites: Iterable[Site], change: Callable[[Site], Sit
         plan = plan.with_site(change(site))
     return plan
 
-
-def stored(program: Program) -> dict[str, Any]:
-    """True bits per cached scalar over the model's context, as a note of a report."""
-    context = program.facts.get("context") or 2048
-    assert program.cache is not None  # every caller's contract
-    return {"context": context, "bits_per_value": round(float(program.cache.bits_per_value(context)), 3)}

@@ -12,7 +12,7 @@ from ...ir.errors import SmeltError
 from ...ir.program import Program
 from .._contracts import cached_decoder
 from ..base import Effect, Exactness, Outcome, Pass, Samples
-from ._sites import PAGE, SINK, TAIL, changed, faults, stored
+from ._sites import PAGE, SINK, TAIL, changed, faults
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Encode(Pass):
         }
         program.cache = changed(program.cache, sites, self._encoding(program.cache))
         program.touch("cache")
-        return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped, stored(program))
+        return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped)
 
     def _encoding(self, plan: CachePlan) -> Callable[[Site], Site]:
         """The change of one site; what is not given follows the site, else the first site that has pages."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import fx
 
 from ...ir import cache
@@ -15,7 +14,7 @@ from ...ir.ops import CACHED_ATTENTION, LAYER_NORM, LINEAR, RMS_NORM, arguments,
 from ...ir.program import Program
 from .._contracts import cached_decoder
 from ..base import Effect, Exactness, Outcome, Pass, Samples
-from ._sites import PAGE, SINK, TAIL, changed, faults, stored
+from ._sites import PAGE, SINK, TAIL, changed, faults
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,8 @@ class Select(Pass):
         }
         program.cache = changed(program.cache, sites, self._selected)
         program.touch("cache")
-        notes = stored(program)
-        if self.score == "key_norm" and (strange := _strange_norms(program)):
-            notes["key_norm"] = strange
+        strange = _strange_norms(program) if self.score == "key_norm" else None
+        notes = {"key_norm": strange} if strange else {}
         return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped, notes)
 
     def _sites(self, plan: cache.CachePlan) -> list[cache.Site]:
@@ -114,11 +112,8 @@ def _strange_norms(program: Program) -> str | None:
     return None
 
 
-_PASSED = (torch.ops.aten.transpose.int, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
-
-
 def _source(key: fx.Node) -> fx.Node:
-    """The norm or projection that a key comes from: behind rotations, views and whatever else takes one tensor."""
+    """The norm or projection that a key comes from, behind rotations and views."""
     while not is_op(key, RMS_NORM, LAYER_NORM, LINEAR):
         first = key.args[0] if key.args else None
         if not isinstance(first, fx.Node):

@@ -8,6 +8,7 @@ whose numbers are joined must leave a model together. Nothing here knows a model
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from ...ir.ops import ATTENTION, CACHED_ATTENTION, GATED, HEAD, LAYER_NORM, LINEAR, RMS_NORM, ROTARY, arguments, is_op
+from ...ir.ops import ATTENTION, GATED, HEAD, LAYER_NORM, LINEAR, RMS_NORM, ROTARY, arguments, is_op
 from ...ir.program import Program
 from ...ir.shapes import symbol
 
@@ -28,7 +29,7 @@ _MORE_EXAMPLES = (5, 7, 11, 13)
 aten = torch.ops.aten
 _SIZE = aten.sym_size.int
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
-_MOVES = {  # results are elements of the operands, chosen by place alone
+MOVES = {  # results are elements of the operands, chosen by place alone
     operator.getitem,
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints,
     aten.transpose.int, aten.permute.default, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
@@ -91,15 +92,17 @@ class Trace:
         if node.target in _CASTS or is_op(node, GATED) or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return self._elementwise(node)
         if lost := next((v for n in inputs if isinstance(v := self.at.get(n), Lost)), None):
-            return self._give_up(inputs, lost.reason, lost.kind)
-        if is_op(node, ATTENTION, CACHED_ATTENTION):
+            kind: Kind = "heads" if is_op(node, ATTENTION) else lost.kind
+            return self._give_up(inputs, lost.reason, kind)
+        if is_op(node, ATTENTION):
             return self._attention(node)
         if is_op(node, RMS_NORM, LAYER_NORM, ROTARY) and (labels := self._numbers(node.args[0])) is not None:
             self._join_along(labels, (-1,))
-            return labels if _varies(labels.amin(-1)) else self._give_up(inputs, f"{node.name} looks across all of them")
-        if node.target in _MOVES and all(n in self.at or "value" in n.meta for n in inputs):
-            moved = move(node, self.at)
-            return list(moved) if isinstance(moved, tuple | list) else moved
+            if labels.dim() > 3 or _varies(labels.amin(-1)):
+                return labels  # across one head, which leaves as a whole
+            return self._give_up(inputs, f"{node.name} looks across all of them")
+        if node.target in MOVES and all(n in self.at or "value" in n.meta for n in inputs):
+            return move(node, node.args, self.at)
         return self._give_up(inputs, f"{node.name} reads them, and {node.target} is not known to keep them apart")
 
     def _elementwise(self, node: fx.Node) -> Labels | Lost | None:
@@ -123,7 +126,7 @@ class Trace:
         if not along:
             return first
         self._join_along(first, along)
-        if _varies(first.amin(along)):
+        if _varies(first.amin(along)) or (first.dim() > 3 and not whole):
             return first
         given_up = self._give_up(inputs, stays)
         return None if whole else given_up
@@ -132,7 +135,7 @@ class Trace:
         """The query heads of a group leave with its keys and values; the result has its query heads' numbers."""
         a = arguments(node)
         q, k, v = (self._numbers(a[name]) for name in ("query", "key", "value"))
-        mask = a.get("mask")
+        mask = a["mask"]
         if q is None or k is None or v is None or mask in self.at:
             return self._give_up(node.all_input_nodes, f"{node.name} reads values that must stay", "heads")
         if a["sinks"] is not None:
@@ -167,12 +170,13 @@ class Trace:
         return Lost(reason, kind or ("heads" if per_head else "neurons"))
 
 
-def move(node: fx.Node, labels: Any) -> Any:
-    """A moving node's own call, on numbers instead of values; operands that have none are sizes."""
+def move(node: fx.Node, args: tuple[Any, ...], labels: Mapping[fx.Node, Any]) -> Labels:
+    """A moving node's own call with these arguments, on numbers instead of values; operands without any are sizes."""
     args, kwargs = fx.node.map_arg(
-        (node.args, node.kwargs), lambda n: labels[n] if n in labels else _size(n.meta["value"])
+        (args, node.kwargs), lambda n: labels[n] if n in labels else _size(n.meta["value"])
     )
-    return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function: the target is callable
+    moved = node.target(*args, **kwargs)  # type: ignore[operator]  # call_function: the target is callable
+    return list(moved) if isinstance(moved, tuple | list) else moved
 
 
 def numbers_in(labels: Labels) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...ir.ops import ATTENTION, CACHED_ATTENTION, EXPERTS, arguments, is_op
+from ...ir.ops import ATTENTION, EXPERTS, arguments, is_op
 from ...ir.program import Program
 from ...ir.shapes import derive
 from ._trace import Kind, Labels, Lost, Trace, numbers_in
@@ -39,10 +39,21 @@ class Site:
         """Bool over all numbers: those of some units, given by index."""
         return torch.isin(self.component, self.components[units])
 
+    def units_of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The index of the unit of each number; they must be this site's."""
+        index = torch.empty_like(self.component)
+        index[self.components] = torch.arange(len(self.components))
+        return index[self.component[numbers.long()]]
+
+    @property
+    def consumer_weight(self) -> str:
+        """The name of the weight whose columns they are."""
+        return str(arguments(self.consumer)["weight"].target)
+
     @property
     def weights(self) -> Iterator[str]:
         """The weights that taking a unit out would change."""
-        yield str(arguments(self.consumer)["weight"].target)
+        yield self.consumer_weight
         for node, _ in self.producers:
             a = arguments(node)
             yield from (str(a[part].target) for part in ("weight", "bias") if a[part] is not None)
@@ -102,7 +113,7 @@ def _site(
     labels = trace.at[arguments(node)["x"]]
     if isinstance(labels, Lost):
         return Refusal(labels.kind, labels.reason)
-    kind: Kind = "heads" if any(is_op(n, ATTENTION, CACHED_ATTENTION) for n, _ in region) else "neurons"
+    kind: Kind = "heads" if any(is_op(n, ATTENTION) for n, _ in region) else "neurons"
     assert isinstance(labels, torch.Tensor)  # a product takes one tensor
     places = component[labels.reshape(-1, labels.shape[-1]).long()]
     columns = places[0]

@@ -328,5 +328,5 @@ def test_what_has_no_kernel_says_so():
         bound(torch.zeros(1, 4, 1, 64), torch.zeros(1, 4, 1, 64), 1.0)
     cache.begin(after(cache, 1))
     for q, out in ((torch.zeros(1, 4, 2, 64), torch.zeros(1, 4, 2, 64)), (torch.zeros(1, 4, 1, 64).half(),) * 2):
-        with pytest.raises(ValueError, match="attention takes float32"):
+        with pytest.raises(ValueError, match="layer 0: attention takes float32"):
             bound(q, out, 1.0)

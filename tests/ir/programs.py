@@ -1,4 +1,4 @@
-"""Small programs for tests: tiny random models of several families, captured once a session, and ways to change them."""
+"""Small programs for tests: tiny random models of several families, captured once a session, and ways to change one."""
 
 from __future__ import annotations
 

@@ -120,6 +120,7 @@ def test_an_undescribed_input_is_refused() -> None:
     program.facts = {}
     with pytest.raises(SmeltError, match=r'input "x" has no shape; describe it in facts\["inputs"\]'):
         derive(program)
-    program.facts = {"inputs": {"x": {"shape": "B", "dtype": "float32"}}}
-    with pytest.raises(SmeltError, match="is not like"):
-        derive(program)
+    for broken in (3, {"shape": "B", "dtype": "float32"}, {"shape": ["2 B"], "dtype": "float32"}, {"shape": [3]}):
+        program.facts = {"inputs": {"x": broken}}
+        with pytest.raises(SmeltError, match="is not like"):
+            derive(program)

@@ -1,0 +1,263 @@
+"""What a compiled decoder costs and what it keeps: bytes, divergence and tokens, measured through its own kernels."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .codegen.plan import Plan
+from .ir.errors import SmeltError, nearest
+from .model import Compiled, Generation
+from .passes.measure import Divergence, compare, perplexity
+from .runtime.session import Session
+
+CONTEXT = 1024  # tokens at which a cache is weighed; fewer where the model's context ends before
+PREFIX, LENGTH = 128, 384  # tokens of a window of text, and how many of them are its prompt
+WINDOWS, ROWS = 16, 8  # windows, and how many are replayed at once
+LOGITS = 1 << 27  # values of logits that are kept; a large vocabulary gets fewer windows
+PROMPTS, PROMPT, NEW = 6, 64, 64  # prompts, and the tokens that are given and made
+REQUESTS: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "seed": 2})
+
+METRICS = {
+    "bits_per_weight": "stored bits of all weights, scales and indices included, per parameter of the source model",
+    "parameters_ratio": "weight values, per parameter of the source model",
+    "bits_per_value": "stored bits per cached key or value at 1024 tokens, by the plan's formula",
+    "measured_bits_per_value": "the same, from the bytes that a cache of 1024 tokens holds",
+    "disk_bytes": "bytes of the artefact's files",
+    "memory_bytes": "bytes of the weights and of a cache of 1024 tokens",
+    "perplexity": "of held-out text, replayed token by token through the cache",
+    "perplexity_ratio": "perplexity over that of the source model",
+    "replay_kl": "KL(source || compiled) of the replayed logits, nats",
+    "top1": "share of replayed positions where the likeliest token is the source's",
+    "tokens_per_step": "tokens for each run of the model, greedy",
+    "tokens_per_step_sampled": "tokens for each run of the model, at temperature 1",
+    "tokens_per_second": "decoded tokens, greedy, one request at a time; median of the requests",
+    "tokens_per_second_sampled": "decoded tokens at temperature 1, likewise",
+    "lossless": "1 if requests give the same tokens with and without speculation, greedy and sampled; 0 if one does not",
+}
+NEEDS_SOURCE = {"bits_per_weight", "parameters_ratio", "perplexity_ratio", "replay_kl", "top1"}
+
+
+@torch.no_grad()
+def replay(plan: Plan, tokens: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Logits float32 [N, T - prefix, V] that predict tokens[:, prefix:], through a plan's kernels and its real cache.
+
+    The first `prefix` tokens are a prompt, the others arrive one at a time, whatever the model would have chosen.
+    """
+    parts = []
+    for rows in tokens.split(ROWS):
+        count, length = rows.shape
+        session = Session(plan, count, length)
+        logits = [session.prefill(rows[:, :prefix].tolist())["logits"].float().clone()]
+        for at in range(prefix, length - 1):
+            positions = torch.full((count, 1), at)
+            outputs = session.step(rows[:, at : at + 1].contiguous(), positions)
+            logits.append(outputs["logits"][:, 0].float().clone())
+            session.cache.commit([[0]] * count)
+        parts.append(torch.stack(logits, 1))
+    return torch.cat(parts)
+
+
+class Text:
+    """Held-out text as tokens: windows int64 [N, LENGTH] that are spread over it, and the prompts of requests."""
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int, context: int) -> None:
+        """Raises SmeltError if there are too few tokens for two windows."""
+        length = min(LENGTH, context)
+        most = max(1, LOGITS // (vocabulary * length))
+        count = min(WINDOWS, most, len(tokens) // length)
+        if count < min(2, most):
+            raise SmeltError(
+                f"held-out text: {len(tokens)} tokens are too few to measure on; give at least {2 * length}"
+            )
+        stride = (len(tokens) - length) // max(1, count - 1)
+        self.windows = torch.tensor([tokens[i * stride : i * stride + length] for i in range(count)])
+        self.prefix = min(PREFIX, length // 2)
+        self.prompts: list[list[int]] = [row[: min(PROMPT, length // 2)] for row in self.windows[:PROMPTS].tolist()]
+
+
+class Source:
+    """The model as it was, compiled by a recipe that changes nothing, and what it answers on a text."""
+
+    def __init__(self, compiled: Compiled, text: Text) -> None:
+        self.compiled, self.text = compiled, text
+
+    @property
+    def parameters(self) -> int:
+        """Values of all weights."""
+        return parameters(self.compiled)
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """As `replay` gives them."""
+        return replay(self.compiled.plan, self.text.windows, self.text.prefix)
+
+
+@dataclass(frozen=True)
+class Equality:
+    """How many requests gave the same tokens with and without speculation, and the first that did not."""
+
+    equal: int
+    total: int
+    difference: str = ""
+
+
+class Meter:
+    """Measures a compiled decoder; every metric is taken when it is first asked for.
+
+    Without a `source` the metrics that compare to one are refused. `folder`: its artefact, else one is written to a
+    temporary place to be weighed. `done(metric)` is told before each measurement.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        text: Text,
+        source: Source | None = None,
+        folder: Path | None = None,
+        done: Callable[[str], None] = lambda metric: None,
+    ) -> None:
+        if compiled.program.cache is None:
+            raise SmeltError(f"{compiled.program.name} has no cache: quality is measured of decoders that generate")
+        self.compiled, self.text, self.source, self.folder, self._tell = compiled, text, source, folder, done
+        self._values: dict[str, float] = {}
+
+    def __getitem__(self, metric: str) -> float:
+        """The value of a metric, NaN where it has no meaning for this program."""
+        if metric not in METRICS:
+            raise SmeltError(f"no metric '{metric}'{nearest(metric, METRICS)}; known: {', '.join(METRICS)}")
+        if metric in NEEDS_SOURCE and self.source is None:
+            raise SmeltError(
+                f"{metric} compares to the source model, which is not at hand: name it with --source MODEL"
+            )
+        if metric not in self._values:
+            self._tell(metric)
+            self._values[metric] = float(getattr(self, f"_{metric}")())
+        return self._values[metric]
+
+    def all(self) -> dict[str, float]:
+        """Every metric that can be measured here."""
+        return {metric: self[metric] for metric in METRICS if self.source is not None or metric not in NEEDS_SOURCE}
+
+    @cached_property
+    def equality(self) -> Equality:
+        """Requests with speculation against the same without; where there is none to switch off, against a second run."""
+        equal, difference = 0, ""
+        for number, (drafted, plain) in enumerate(zip(self._generated, self._generate(speculate=False), strict=True)):
+            pair = drafted.rows[0].tokens, plain.rows[0].tokens
+            equal += pair[0] == pair[1]
+            if pair[0] != pair[1] and not difference:
+                at = next(i for i, (a, b) in enumerate(zip_longest(*pair)) if a != b)
+                prompt, seed = divmod(number, len(REQUESTS))
+                difference = f"prompt {prompt}, {REQUESTS[seed] or 'greedy'}: differs at token {at}"
+        return Equality(equal, len(self._generated), difference)
+
+    @cached_property
+    def divergence(self) -> Divergence:
+        """Of the replayed logits from the source's."""
+        assert self.source is not None
+        return compare(self.source.logits, self._logits)
+
+    def _generate(self, speculate: bool) -> list[Generation]:
+        """Every prompt with each of REQUESTS, one at a time."""
+        new = min(NEW, self.compiled.context - len(self.text.prompts[0]))
+        fixed: dict[str, Any] = {"max_new_tokens": new, "eos": (), "speculate": speculate}
+        asked = product(self.text.prompts, REQUESTS)
+        return [self.compiled.complete([prompt], **fixed, **request) for prompt, request in asked]
+
+    @cached_property
+    def _generated(self) -> list[Generation]:
+        self.compiled.complete(self.text.prompts[:1], max_new_tokens=2)  # builds what is not built yet
+        return self._generate(speculate=True)
+
+    def _taken(self, sampled: bool) -> list[Generation]:
+        return [g for number, g in enumerate(self._generated) if bool(number % len(REQUESTS)) == sampled]
+
+    @cached_property
+    def _logits(self) -> torch.Tensor:
+        return replay(self.compiled.plan, self.text.windows, self.text.prefix)
+
+    @cached_property
+    def _cache_bytes(self) -> tuple[int, int]:
+        """Tokens, and the bytes that a cache of so many holds."""
+        length = min(CONTEXT, self.compiled.context)
+        flat = self.text.windows.flatten()
+        session = Session(self.compiled.plan, 1, length)
+        session.prefill([flat.repeat(-(-length // len(flat)))[:length].tolist()])
+        return length, session.cache.nbytes().used
+
+    def _bits_per_weight(self) -> float:
+        assert self.source is not None
+        return 8 * self.compiled.program.nbytes / self.source.parameters
+
+    def _parameters_ratio(self) -> float:
+        assert self.source is not None
+        return parameters(self.compiled) / self.source.parameters
+
+    def _bits_per_value(self) -> float:
+        plan = self.compiled.program.cache
+        assert plan is not None
+        return float(plan.bits_per_value(min(CONTEXT, self.compiled.context)))
+
+    def _measured_bits_per_value(self) -> float:
+        plan = self.compiled.program.cache
+        assert plan is not None
+        length, held = self._cache_bytes
+        return 8 * held / (length * sum(s.kv_heads * (s.key_dim + s.value_dim) for s in plan.sites))
+
+    def _disk_bytes(self) -> float:
+        if self.folder is not None:
+            return sum(path.stat().st_size for path in self.folder.iterdir())
+        with tempfile.TemporaryDirectory(prefix="smelt-") as place:
+            self.compiled.save(Path(place) / "artefact")
+            return sum(path.stat().st_size for path in (Path(place) / "artefact").iterdir())
+
+    def _memory_bytes(self) -> float:
+        return self.compiled.program.nbytes + self._cache_bytes[1]
+
+    def _perplexity(self) -> float:
+        return perplexity(self._logits, self.text.windows[:, self.text.prefix :])
+
+    def _perplexity_ratio(self) -> float:
+        assert self.source is not None
+        return self["perplexity"] / perplexity(self.source.logits, self.text.windows[:, self.text.prefix :])
+
+    def _replay_kl(self) -> float:
+        return self.divergence.kl
+
+    def _top1(self) -> float:
+        return self.divergence.top1
+
+    def _tokens_per_step(self) -> float:
+        return _per_step(self._taken(sampled=False))
+
+    def _tokens_per_step_sampled(self) -> float:
+        return _per_step(self._taken(sampled=True))
+
+    def _tokens_per_second(self) -> float:
+        return statistics.median(g.tokens_per_second for g in self._taken(sampled=False))
+
+    def _tokens_per_second_sampled(self) -> float:
+        return statistics.median(g.tokens_per_second for g in self._taken(sampled=True))
+
+    def _lossless(self) -> float:
+        return float(self.equality.equal == self.equality.total)
+
+
+def parameters(compiled: Compiled) -> int:
+    """Values of all weights, however they are stored."""
+    return sum(math.prod(weight.shape) for weight in compiled.program.weights.values())
+
+
+def _per_step(generations: Sequence[Generation]) -> float:
+    steps = sum(g.steps for g in generations)
+    return sum(g.step_tokens for g in generations) / steps if steps else 0.0

@@ -1,0 +1,165 @@
+"""train.heads: training lowers held-out loss, is reproducible, leaves logits alone, and fits the draft tree."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from smelt.ir.encoding import Affine
+from smelt.ir.errors import SmeltError
+from smelt.ir.interpret import interpret
+from smelt.ir.program import Program
+from smelt.ir.verify import verify
+from smelt.passes import Samples
+from smelt.passes.decode._trees import best_tree
+from smelt.passes.decode.heads import Heads
+from smelt.passes.decode.recycle import Recycle
+from smelt.passes.train._drill import Drill
+from smelt.passes.train.heads import Heads as Train
+
+
+@pytest.fixture(scope="module")
+def text() -> Samples:
+    """Source of the standard library, one byte a token."""
+    codes = [min(c, 96) for c in inspect.getsource(json.decoder).encode()]
+    return Samples(torch.tensor(codes[: len(codes) // 64 * 64]).view(-1, 64))
+
+
+@pytest.fixture
+def headed(cached: Program) -> Program:
+    Heads(heads=2, width=4, nodes=6).apply(cached, None)
+    cached.touched.clear()
+    return cached
+
+
+QUICK = Train(steps=30, batch=4, length=32, rate=1e-2)
+
+
+def test_it_learns_and_leaves_the_logits_alone(headed, text):
+    before = headed.fork()
+    outcome = QUICK.apply(headed, text)
+    verify(headed)
+    assert outcome.done == ("heads.0", "heads.1")
+    first, last = outcome.notes["before"], outcome.notes["after"]
+    assert last["loss"] < 0.6 * first["loss"]
+    assert all(new > old for new, old in zip(last["top4"], first["top4"], strict=True))
+    assert outcome.notes["kept_update"] > 0
+    assert headed.facts["heads_trained"] is True
+    trained = {f"heads.{j}.{part}.weight" for j in (0, 1) for part in ("block", "projection")}
+    assert headed.touched == {"decode", *trained}
+    assert {name for name in before.weights if headed.weights[name] is not before.weights[name]} == trained
+    ids = text.tokens[:1, :12]
+    inputs = {"tokens": ids, "positions": torch.arange(12)[None]}
+    assert torch.equal(interpret(headed, inputs)["logits"], interpret(before, inputs)["logits"])
+
+
+def test_the_tree_fits_what_was_measured(headed, text):
+    QUICK.apply(headed, text)
+    windows = text.tokens.reshape(-1, 32)
+    held = windows[-(-(-len(windows) // 10)) :]
+    score = Drill.of(headed, 0.8).measure(held, 4)
+    assert headed.decode.tree == best_tree(score.hits, 6)
+    assert headed.decode.width == 4
+
+
+def test_hits_and_loss_are_what_they_say(headed, text):
+    """Against a plain loop: head j at place t is right if its rank r is token t + j + 2."""
+    torch.manual_seed(0)
+    for name in [n for n in headed.weights if n.endswith("block.weight") and n.startswith("heads.")]:
+        weight = headed.weights[name]
+        weight.parts["data"].copy_(torch.randn(weight.shape) * 0.1)
+    ids = text.tokens[:2, :16]
+    heads = interpret(headed, {"tokens": ids, "positions": torch.arange(16).expand(2, -1)})["heads"]
+    hits, loss, places = torch.zeros(2, 4), 0.0, 0
+    for row in range(2):
+        for t in range(16 - 3):
+            places += 1
+            for j in range(2):
+                came = ids[row, t + j + 2]
+                hits[j] += heads[row, t, j].topk(4).indices == came
+                loss += 0.5**j * functional.cross_entropy(heads[row, t, j], came).item()
+    score = Drill.of(headed, 0.5).measure(ids, 4)
+    torch.testing.assert_close(torch.tensor(score.hits), hits / places)
+    assert score.loss == pytest.approx(loss / places, rel=1e-5)
+
+
+def test_the_seed_decides(headed, text):
+    def after(seed: int) -> torch.Tensor:
+        program = headed.fork()
+        Train(steps=4, batch=2, length=32, rate=1e-2, seed=seed).apply(program, text)
+        return program.weights["heads.1.projection.weight"].dense()
+
+    assert torch.equal(after(0), after(0))
+    assert not torch.equal(after(0), after(1))
+
+
+def test_only_the_heads_own_weights_learn(cached, text):
+    Heads(heads=1, width=4, nodes=4, projection="tied").apply(cached, None)
+    before = dict(cached.weights)
+    Train(steps=3, batch=2, length=32).apply(cached, text)
+    assert {name for name in before if cached.weights[name] is not before[name]} == {"heads.0.block.weight"}
+
+
+def test_weights_keep_their_type(cached, text):
+    Heads(heads=1, width=4, nodes=4, dtype="bfloat16").apply(cached, None)
+    Train(steps=2, batch=2, length=32).apply(cached, text)
+    assert str(cached.weights["heads.0.block.weight"].encoding) == "dense(dtype=bfloat16)"
+
+
+def test_a_training_that_only_hurts_is_forgotten(headed, text):
+    before = headed.weights["heads.0.block.weight"].dense()
+    outcome = Train(steps=5, batch=2, length=32, rate=1e6).apply(headed, text)
+    assert outcome.notes["kept_update"] == 0
+    assert torch.equal(headed.weights["heads.0.block.weight"].dense(), before)
+
+
+def test_progress_is_told(headed, text):
+    told = []
+    Train(steps=3, batch=2, length=32).apply(headed, Samples(text.tokens, lambda *what: told.append(what)))
+    assert told == [(step, 3, "training heads") for step in (1, 2, 3)]
+
+
+def test_there_must_be_heads(cached):
+    assert list(Train().requires(cached)) == [
+        "llama must decode by heads, but has no drafter: put decode.heads in front"
+    ]
+    Recycle().apply(cached, None)
+    assert list(Train().requires(cached)) == [
+        "llama must decode by heads, but decodes by recycle: put decode.heads in front"
+    ]
+
+
+def test_heads_are_trained_once(headed, text):
+    Train(steps=1, batch=1, length=32).apply(headed, text)
+    assert list(Train().requires(headed)) == [
+        "the heads of llama must be untrained, but are trained: train them once"
+    ]
+
+
+def test_encoded_heads_cannot_learn(headed):
+    name = "heads.1.block.weight"
+    headed.weights[name] = headed.weights[name].encoded(Affine(4, 32))
+    assert list(Train().requires(headed)) == [
+        "heads.1.block.weight must be Dense to be trained, but is "
+        "affine(bits=4, group=32, axis=token, zero=False, scale=float16): move train.heads in front"
+    ]
+
+
+@pytest.mark.parametrize(
+    "tokens, length, message",
+    [
+        (torch.zeros(9, 3, dtype=torch.int64), 8, "2 heads guess 3 tokens on, windows of 3 are too short"),
+        (torch.zeros(1, 8, dtype=torch.int64), 8, "1 windows of 8 tokens cannot be parted"),
+    ],
+)
+def test_too_little_text_is_an_error(headed, tokens, length, message):
+    with pytest.raises(SmeltError, match=message):
+        Train(length=length).apply(headed, Samples(tokens))
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"batch": 0}, {"length": 0}, {"holdout": 0.0}, {"holdout": 1.0}])
+def test_options_have_bounds(options):
+    with pytest.raises(SmeltError, match=r"count from 1|a share of the text"):
+        Train(**options)
