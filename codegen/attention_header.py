@@ -21,11 +21,12 @@ struct Call {
   const int64_t *positions;         // [B, T]
   const uint64_t *visible;          // [B, T, ceil(T / 64)]: which new tokens a new token sees
   const float *sinks;               // [H], or null
-  float *work;                      // for every chunk and QUERIES queries at a time: H * (padded E + 2)
+  float *work;                      // per row: G, and for every chunk QUERIES * H * (padded E + 2)
   float scale, softcap;             // softcap 0: none
   int32_t threads;
 };
 
+namespace {
 static inline f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
   return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
 }
@@ -88,5 +89,6 @@ struct Seen {  // the new tokens that a query sees, in order
     return j;
   }
 };
+}  // namespace
 #endif
 """

@@ -58,7 +58,7 @@ def scratch(site: Site, rows: int, slots: int, width: int) -> int:
     """Floats of `Call.work` for a batch whose rows have `slots` pages of body and `width` slots of tail."""
     chunks = -(-slots // pages_a_chunk(site)) - (-width // CHUNK)
     padded = -(-site.value_dim // LANES) * LANES
-    return rows * chunks * site.heads * queries(site) * (padded + 2)
+    return rows * (site.kv_heads + chunks * site.heads * queries(site) * (padded + 2))
 
 
 def parts(site: Site) -> list[tuple[str, str, torch.Tensor]]:

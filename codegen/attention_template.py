@@ -2,7 +2,7 @@
 
 out[t] = Σ_s exp(scale · q[t] · k[s] - ℓ[t]) · v[s] with ℓ the log-sum-exp over the tokens that query t sees: sinks,
 body, tail, and its new tokens. Float32 accumulation. A unit of work is a (row, KV head, chunk of tokens); it leaves a
-maximum, a sum and a weighted value per query, and a second pass merges the chunks.
+maximum, a sum and a weighted value per query, and the last unit of a row and KV head merges them.
 
 What a query reads is cut into tiles and chunks by its place in the query's own sequence: committed tail first, then the
 new tokens it sees, in order. So the arithmetic of a query does not depend on how many other queries or tokens the step
@@ -16,6 +16,7 @@ from string import Template
 
 KERNEL = Template("""\
 namespace ${name}_of {
+namespace {  // without linkage: a static in an inline function would be one for all kernels of the process
 constexpr int64_t H = $heads, G = $groups, R = H / G, D = $key_dim, E = $value_dim, SINK = $sink, KEPT = $kept;
 constexpr int64_t DP = (D + 15) / 16 * 16, EP = (E + 15) / 16 * 16;  // rows padded to whole vectors
 constexpr int64_t TILE = 32, BODY = $body, CHUNK = $chunk, PAGES = $pages, QUERIES = $queries, WINDOW = $window;
@@ -199,6 +200,7 @@ $body_scan
       if (!real(t)) continue;
       Seen sees(seen[t], (call.tokens + 63) / 64);
       int64_t l = first > whole ? first : whole, end = kept + sees.count < last ? kept + sees.count : last;
+      if (l >= end) continue;
       for (int64_t i = kept; i < l; i++) sees.next();
       for (; l < end; l += TILE) {
         int count = end - l < TILE ? end - l : TILE;
@@ -257,29 +259,33 @@ static void run(const Buffers& at, const Call& call) {
     chunks = n > chunks ? n : chunks;
     tokens += counts[0] + counts[1] + counts[2] + call.tokens;
   }
+  const int64_t pairs = at.rows * G, units = pairs * chunks;
+  int32_t* finished = (int32_t*)call.work;  // chunks of a pair of row and KV head that are done
+  float* states = call.work + pairs;
   for (int64_t t0 = 0; t0 < call.tokens; t0 += QUERIES) {
-    const int64_t queries = call.tokens - t0 < QUERIES ? call.tokens - t0 : QUERIES, units = at.rows * G * chunks;
-    // below some 10^5 products a second thread costs more than it brings
-    const bool parallel = units > 1 && tokens * queries * H * (D + E) > 200000;
-#pragma omp parallel num_threads(call.threads) if (parallel)
-    {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < units; i++) {
-        const int64_t b = i / (G * chunks), g = i / chunks % G, c = i % chunks, body = body_chunks(at.counts + 4 * b);
-        Unit unit(at, call, b, g, t0, queries, call.work + i * STATE);
-        if (c == 0 && SINK && at.counts[4 * b]) unit.sink();
-        if (c < body) unit.body(c);
-        else unit.tail((c - body) * CHUNK, (c - body + 1) * CHUNK);
-      }
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < at.rows * H * queries; i++) {
-        const int64_t b = i / (H * queries), h = i / queries % H, slot = i % queries;
-        float* out = call.out + b * call.out_row + h * call.out_head + (t0 + slot) * call.out_token;
-        merge(call, h, slot, chunks, call.work + (b * G + h / R) * chunks * STATE, out);
-      }
+    const int64_t queries = call.tokens - t0 < QUERIES ? call.tokens - t0 : QUERIES;
+    for (int64_t pair = 0; pair < pairs; pair++) finished[pair] = 0;
+    // below some 10^6 products (20 us on one core) a second thread costs more than it brings
+    const bool parallel = units > 1 && tokens * queries * H * (D + E) > 1000000;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) if (parallel)
+    for (int64_t i = 0; i < units; i++) {
+      const int64_t pair = i / chunks, c = i % chunks, b = pair / G, g = pair % G;
+      const int64_t body = body_chunks(at.counts + 4 * b);
+      Unit unit(at, call, b, g, t0, queries, states + i * STATE);
+      if (c == 0 && SINK && at.counts[4 * b]) unit.sink();
+      if (c < body) unit.body(c);
+      else unit.tail((c - body) * CHUNK, (c - body + 1) * CHUNK);
+      // whoever finishes the last chunk of a pair merges them, always in their order: no barrier between the passes
+      if (__atomic_add_fetch(&finished[pair], 1, __ATOMIC_ACQ_REL) < chunks) continue;
+      for (int64_t h = g * R; h < (g + 1) * R; h++)
+        for (int64_t slot = 0; slot < queries; slot++) {
+          float* out = call.out + b * call.out_row + h * call.out_head + (t0 + slot) * call.out_token;
+          merge(call, h, slot, chunks, states + pair * chunks * STATE, out);
+        }
     }
   }
 }
+}  // namespace
 }  // namespace ${name}_of
 
 extern "C" void $name(const Buffers* at, const Call* call) { ${name}_of::run(*at, *call); }

@@ -112,7 +112,7 @@ def signature(site: Site, sinks: bool = False) -> dict[str, dict[str, str]]:
 
 
 class TritonAttention:
-    """The kernels of a site; `bind` gives a call over one layer of a cache, two launches on fixed grids."""
+    """The kernels of a site, called for one layer of a cache: two launches, whose grids depend on buffer sizes only."""
 
     def __init__(self, site: Site) -> None:
         if why := covers(site):

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from ..ir.cache import Cache, Site
-from ..ir.ops import Op
 from ..ir.weight import Weight
 from . import attention, gemv
-from .plan import Out
-from .rows import RowKernel, Run, strided_ok
+from .plan import Out, Run
+from .rows import RowKernel
+
+MANY = 128  # rows from which decoding a weight once and a library product beat the GEMV on stored 16-bit floats
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class LinearKernel:
         return gemv.source(self.weight.encoding)
 
     @cached_property
-    def _bound(self) -> Callable[..., None]:
-        return gemv.Gemv(self.weight.encoding).bind(self.weight.parts, self.weight.shape)
+    def _bound(self) -> gemv.Bound:
+        parts = {name: part.contiguous() for name, part in self.weight.parts.items()}
+        return gemv.Gemv(self.weight.encoding).bind(parts, self.weight.shape)
 
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
         return () if args["x"].is_contiguous() else ("x",)
@@ -41,19 +43,34 @@ class LinearKernel:
     def bind(self, args: Mapping[str, Any], out: Out) -> Run:
         assert isinstance(out, torch.Tensor)
         n, k = self.weight.shape
+        return partial(self._bound, args["x"].view(-1, k), out.view(-1, n), args.get("bias"))
+
+
+@dataclass(frozen=True)
+class DecodedLinear:
+    """`linear` over many rows by decoding the weight and a library product; over few rows as `few` does it."""
+
+    few: LinearKernel
+    name: str = "torch.mm"
+    source: str = "torch.mm of a decoded weight"
+
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        return self.few.contiguous(args)
+
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
+        assert isinstance(out, torch.Tensor)
+        weight = self.few.weight
+        n, k = weight.shape
         x, y = args["x"].view(-1, k), out.view(-1, n)
-        if x.shape[0] > MANY:
-            return partial(_matmul, self.weight, x, y, args.get("bias"))
-        return partial(self._bound, x, y, args.get("bias"))
+        if x.shape[0] < MANY:
+            return self.few.bind(args, out)
 
+        def run() -> None:
+            torch.mm(x, weight.dense().t(), out=y)
+            if args.get("bias") is not None:
+                y.add_(args["bias"])
 
-MANY = 128  # rows from which decoding a weight once and a library product beat the GEMV; prefill only, never a tree
-
-
-def _matmul(weight: Weight, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
-    torch.mm(x, weight.dense().t(), out=y)
-    if bias is not None:
-        y.add_(bias)
+        return run
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,6 @@ class CacheReference:
 class RowOp:
     """A dialect op by a row-wise C++ kernel."""
 
-    op: Op
     kernel: RowKernel
 
     @property
@@ -122,7 +138,7 @@ class RowOp:
         return self.kernel.source
 
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
-        return strided_ok(self.op, args)
+        return self.kernel.contiguous(args)
 
     def bind(self, args: Mapping[str, Any], out: Out) -> Run:
         assert isinstance(out, torch.Tensor)
@@ -145,7 +161,15 @@ class AtenOut:
         return str(self.overload._schema)
 
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
-        return ()
+        """Strided arguments of pointwise ops.
+
+        ATen computes tanh and its like by vectors where memory is contiguous, by scalars (with other last bits) where
+        not. The half of a tensor is contiguous for one token and strided for several, which must agree.
+        """
+        if torch.Tag.pointwise not in self.overload.tags:
+            return ()
+        tensors = {name: value for name, value in args.items() if isinstance(value, torch.Tensor)}
+        return tuple(name for name, value in tensors.items() if not value.is_contiguous())
 
     def bind(self, args: Mapping[str, Any], out: Out) -> Run:
         outs = out if isinstance(out, tuple) else (out,)

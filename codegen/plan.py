@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -10,10 +10,10 @@ import torch
 
 from ..ir.cache import Cache
 from ..ir.program import Program
-from .rows import Run
 
 Target = Literal["cpp", "torch"]
 Out: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+Run: TypeAlias = Callable[[], Any]
 
 
 class Kernel(Protocol):
@@ -31,22 +31,31 @@ class Kernel(Protocol):
         """Names of tensor arguments that must be copied to be contiguous first."""
         ...
 
-    def bind(self, args: Mapping[str, Any], out: Out) -> Run: ...
+    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
+        """A call that writes `out`, contiguous and of the node's shape, from `args` by the op's argument names."""
+        ...
 
 
 class Attention(Kernel, Protocol):
     """A kernel of `cached_attention`, which is bound to a cache as well."""
 
-    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> Run: ...
+    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+        """A call that attends over the layer of the cache that `args["layer"]` names."""
+        ...
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of one node and the reason; `fallback`: the target has no kernel of its own for it."""
+    """The kernel of one node and the reason; `fallback`: the target has no fast kernel for what the node stores.
+
+    `bulk`: a kernel that is faster over many rows, whose last bits may be others than those of `kernel`. Prompts and
+    plain modules use it; steps do not, because a token must get the same logits alone and as a node of a draft tree.
+    """
 
     kernel: Kernel
     why: str
     fallback: bool = False
+    bulk: Kernel | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Kernels that treat every row alike: norms, rotary, gated products and row lookups, in C++.
+"""Kernels that treat every row alike: norms, rotary and gated products, in C++.
 
 Each works row by row in a fixed order, so that a token's result does not depend on how many others share the step.
+All numbers are float32, positions int64.
 """
 
 from __future__ import annotations
@@ -8,22 +9,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 
-from ..ir.encoding import Encoding
-from ..ir.encoding.expr import k as COLUMN
-from ..ir.encoding.expr import n as ROW
-from ..ir.ops import EMBEDDING, GATED, LAYER_NORM, RMS_NORM, ROTARY, Op
-from ..ir.weight import Weight
+from ..ir.errors import SmeltError
+from ..ir.ops import GATED, LAYER_NORM, RMS_NORM, ROTARY, Op
 from .build import build
+from .plan import Run
 from .printers import cpp
 
-Run = Callable[[], Any]
-
-_ROWS = (
+_SOURCE = (
     cpp.PRELUDE
     + """
 #include <cmath>
@@ -57,27 +54,32 @@ extern "C" void layer_norm(const float* x, const float* w, const float* b, float
   }
 }
 
+// sp, sb, sh, st: steps between rows of positions, and between batches, heads and tokens of x
 extern "C" void rotary(const float* x, const int64_t* positions, const float* freq, float* y, int64_t batch,
-                       int64_t heads, int64_t tokens, int64_t dim, int64_t sb, int64_t sh, int64_t st, int64_t r,
-                       float scale) {
+                       int64_t heads, int64_t tokens, int64_t dim, int64_t sp, int64_t sb, int64_t sh, int64_t st,
+                       int64_t r, float scale) {
+  constexpr int64_t BLOCK = 256;
+  float cosines[BLOCK], sines[BLOCK];
   for (int64_t b = 0; b < batch; b++)
-    for (int64_t t = 0; t < tokens; t++) {
-      float cosines[1024], sines[1024];
-      for (int64_t i = 0; i < r; i++) {
-        const float angle = (float)positions[b * tokens + t] * freq[i];
-        cosines[i] = std::cos(angle) * scale;
-        sines[i] = std::sin(angle) * scale;
-      }
-      for (int64_t h = 0; h < heads; h++) {
-        const float* in = x + b * sb + h * sh + t * st;
-        float* out = y + ((b * heads + h) * tokens + t) * dim;
-        for (int64_t i = 0; i < r; i++) {
-          out[i] = in[i] * cosines[i] - in[i + r] * sines[i];
-          out[i + r] = in[i + r] * cosines[i] + in[i] * sines[i];
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t first = 0; first < r; first += BLOCK) {
+        const int64_t count = r - first < BLOCK ? r - first : BLOCK;
+        for (int64_t i = 0; i < count; i++) {
+          const float angle = (float)positions[b * sp + t] * freq[first + i];
+          cosines[i] = std::cos(angle) * scale;
+          sines[i] = std::sin(angle) * scale;
         }
-        for (int64_t i = 2 * r; i < dim; i++) out[i] = in[i];
+        for (int64_t h = 0; h < heads; h++) {
+          const float* in = x + b * sb + h * sh + t * st + first;
+          float* out = y + ((b * heads + h) * tokens + t) * dim + first;
+          for (int64_t i = 0; i < count; i++) {
+            out[i] = in[i] * cosines[i] - in[i + r] * sines[i];
+            out[i + r] = in[i + r] * cosines[i] + in[i] * sines[i];
+          }
+          if (first + count == r)  // what stands behind the rotated dims is passed on
+            for (int64_t i = r + count; first + i < dim; i++) out[i] = in[i];
+        }
       }
-    }
 }
 
 static inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
@@ -95,49 +97,80 @@ static inline float gelu_tanh(float x) {
 GATED(silu) GATED(relu) GATED(gelu) GATED(gelu_tanh)
 """
 )
-_WIDEST_ROTARY = 1024
+
+Binder: TypeAlias = Callable[[ctypes.CDLL, Mapping[str, Any], torch.Tensor], Run]
 
 
 @dataclass(frozen=True)
 class RowKernel:
-    """A kernel of this file: `bind` fixes every address and returns a call without arguments."""
+    """A row-wise kernel; `bind` builds it (or finds it built) and fixes every address."""
 
     name: str
     source: str
-    binder: Callable[[ctypes.CDLL, Mapping[str, Any], torch.Tensor], Run]
+    binder: Binder
+    strided: tuple[str, ...] = ()  # arguments that need not be contiguous
 
     def bind(self, args: Mapping[str, Any], out: torch.Tensor) -> Run:
-        """`args` by the op's argument names, tensors float32 with the strides they will have; `out` contiguous."""
+        """A call that writes `out`; tensors of `args` have the addresses and strides that they will have then.
+
+        Raises SmeltError for a tensor of another type, or of strides that the kernel does not take.
+        """
+        if copied := self.contiguous(args):
+            raise SmeltError(f"{self.name}: '{copied[0]}' has strides {args[copied[0]].stride()}; bind a contiguous copy")
+        for name, value in (*args.items(), ("out", out)):
+            wanted = torch.int64 if name in ("ids", "positions") else torch.float32
+            if isinstance(value, torch.Tensor) and value.dtype is not wanted:
+                raise SmeltError(f"{self.name}: '{name}' is {value.dtype}, the kernel takes {wanted}")
         return self.binder(build(self.source, self.name), args, out)
 
-
-def row_kernel(op: Op, weight: Weight | None) -> RowKernel | str:
-    """The kernel of a row-wise op, or why there is none. `weight`: the table of an embedding."""
-    if op is EMBEDDING:
-        return _gather(weight)
-    binder = {RMS_NORM: _rms_norm, LAYER_NORM: _layer_norm, ROTARY: _rotary, GATED: _gated}.get(op)
-    return f"no C++ template for {op.name}" if binder is None else RowKernel(f"rows.{op.name}", _ROWS, binder)
+    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of tensor arguments that must be copied to be contiguous first."""
+        tensors = {name: value for name, value in args.items() if isinstance(value, torch.Tensor)}
+        bad = [n for n, v in tensors.items() if not v.is_contiguous() and (n not in self.strided or _irregular(n, v))]
+        return tuple(bad)
 
 
-def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """A tensor's address for ctypes; None is a null pointer."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def row_kernel(op: Op) -> RowKernel | str:
+    """The kernel of a row-wise op, or why there is none."""
+    if op not in _KERNELS:
+        return f"no C++ template for {op.name}"
+    binder, strided = _KERNELS[op]
+    return RowKernel(f"rows.{op.name}", _SOURCE, binder, strided)
 
 
 def call(function: Any, *args: Any) -> Run:
-    """A call with fixed arguments: ints as int64, floats as float, tensors by address; they are kept alive."""
+    """A call with fixed arguments: ints as int64, floats as float, tensors by address (None: null); all kept alive."""
     function.restype = None
-    fixed = [
-        pointer(a)
+    run = partial(function, *fixed(args))
+    run.keeps = args  # type: ignore[attr-defined]  # the addresses are only valid while the tensors live
+    return run
+
+
+def fixed(args: tuple[Any, ...]) -> list[Any]:
+    """Arguments as ctypes values."""
+    return [
+        ctypes.c_void_p(a if a is None else a.data_ptr())
         if a is None or isinstance(a, torch.Tensor)
         else ctypes.c_float(a)
         if isinstance(a, float)
         else ctypes.c_int64(a)
         for a in args
     ]
-    run = partial(function, *fixed)
-    run.keeps = args  # type: ignore[attr-defined]  # the addresses are only valid while the tensors live
-    return run
+
+
+def row_stride(x: torch.Tensor) -> int:
+    """The step from row to row of a tensor whose rows are evenly spaced, or -1."""
+    if x.stride(-1) != 1:
+        return -1
+    # dims of one row say nothing: torch may give them any stride
+    dims = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    even = all(outer == size * step for (_, outer), (size, step) in zip(dims, dims[1:], strict=False))
+    return (dims[-1][1] if dims else x.shape[-1]) if even else -1
+
+
+def _irregular(name: str, value: torch.Tensor) -> bool:
+    """Whether a strided argument has strides that its kernel does not take."""
+    return value.stride(-1) != 1 if name in ("x", "positions") else row_stride(value) < 0
 
 
 def _rows_of(x: torch.Tensor) -> tuple[int, int]:
@@ -156,84 +189,23 @@ def _layer_norm(library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor
 
 def _rotary(library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor) -> Run:
     x, freq = args["x"], args["inv_freq"]
-    b, h, t, d = x.shape
-    if freq.shape[0] > _WIDEST_ROTARY:
-        raise ValueError(f"rotary of {freq.shape[0]} frequencies is wider than {_WIDEST_ROTARY}")
-    strides = x.stride()[:3]
-    return call(
-        library.rotary, x, args["positions"], freq, out, b, h, t, d, *strides, freq.shape[0], float(args["scale"])
-    )
+    (b, h, t, d), steps = x.shape, x.stride()[:3]
+    positions = args["positions"].expand(b, t)
+    sizes = (b, h, t, d, positions.stride(0), *steps, freq.shape[0])
+    return call(library.rotary, x, positions, freq, out, *sizes, float(args["scale"]))
 
 
 def _gated(library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor) -> Run:
     gate, up = args["gate"], args["up"]
-    m, k = _rows_of(gate)
+    if gate.shape != up.shape:
+        raise SmeltError(f"rows.gated: gate {list(gate.shape)} and up {list(up.shape)} must have one shape")
     function = getattr(library, f"gated_{args['act']}")
-    return call(function, gate, up, out, m, k, row_stride(gate), row_stride(up))
+    return call(function, gate, up, out, *_rows_of(gate), row_stride(gate), row_stride(up))
 
 
-def row_stride(x: torch.Tensor) -> int:
-    """The step from row to row of a tensor whose rows are evenly spaced, or -1."""
-    if x.stride(-1) != 1:
-        return -1
-    step = x.stride(-2) if x.dim() > 1 else x.shape[-1]
-    for i in range(x.dim() - 3, -1, -1):
-        if x.shape[i] > 1 and x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
-            return -1
-    return step
-
-
-def strided_ok(op: Op, args: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of tensor arguments that the kernel of `op` needs contiguous but are not."""
-    free = {ROTARY: ("x",), GATED: ("gate", "up")}.get(op, ())
-    bad = []
-    for name, value in args.items():
-        if not isinstance(value, torch.Tensor) or value.is_contiguous():
-            continue
-        fits = name in free and (value.stride(-1) == 1 if op is ROTARY else row_stride(value) >= 0)
-        if not fits:
-            bad.append(name)
-    return tuple(bad)
-
-
-def _gather(weight: Weight | None) -> RowKernel | str:
-    if weight is None:
-        return "the table of the embedding is not a stored weight"
-    if len(weight.shape) != 2:
-        return f"the table of an embedding must be two-dimensional, not {weight.shape}"
-    source = gather_source(weight.encoding, weight.shape[1])
-    return RowKernel(f"gather.{weight.encoding.name}", source, partial(_bind_gather, weight))
-
-
-def _bind_gather(weight: Weight, library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor) -> Run:
-    ids = args["ids"]
-    parts = [weight.parts[name].contiguous() for name in sorted(weight.parts)]
-    return call(library.gather, ids, out, ids.numel(), *parts)
-
-
-@cache
-def gather_source(encoding: Encoding, width: int) -> str:
-    """`y[m, :] = W[ids[m], :]` with the encoding's expression spliced in; parts are passed in name order."""
-    expr = encoding.expr((ROW + 1, width))
-    dtypes = part_dtypes(expr)
-    names = {part: f"p_{part}" for part in dtypes}
-    params = "".join(f", const {cpp.CTYPES[dtypes[p]]}* p_{p}" for p in sorted(dtypes))
-    value = cpp.scalar(expr, names)
-    return (
-        cpp.PRELUDE
-        + f"""
-extern "C" void gather(const int64_t* ids, float* y, int64_t m{params}) {{
-  for (int64_t r = 0; r < m; r++) {{
-    const int64_t {ROW.name} = ids[r];
-    for (int64_t {COLUMN.name} = 0; {COLUMN.name} < {width}; {COLUMN.name}++) y[r * {width} + {COLUMN.name}] = {value};
-  }}
-}}
-"""
-    )
-
-
-def part_dtypes(expr: Any) -> dict[str, str]:
-    """The storage type of each part that an expression loads."""
-    from ..ir.encoding.expr import loads
-
-    return {load.part: load.dtype for load in loads(expr)}
+_KERNELS: dict[Op, tuple[Binder, tuple[str, ...]]] = {
+    RMS_NORM: (_rms_norm, ()),
+    LAYER_NORM: (_layer_norm, ()),
+    ROTARY: (_rotary, ("x", "positions")),
+    GATED: (_gated, ("gate", "up")),
+}

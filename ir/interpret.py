@@ -48,14 +48,19 @@ def interpret(
     values: dict[fx.Node, Any] = {}
     dying = _last_uses(program.graph)
 
+    def read(node: fx.Node) -> Any:
+        if node.op == "get_attr" and node not in values:  # decoded where it is first read, not where it stands
+            values[node] = program.weights[str(node.target)].dense()
+        return values[node]
+
     def value_of(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda n: values[n])
+        return fx.node.map_arg(argument, read)
 
     for node in program.graph.nodes:
         if node.op == "placeholder":
             values[node] = inputs[str(node.target)]
         elif node.op == "get_attr":
-            values[node] = program.weights[str(node.target)].dense()
+            continue
         elif node.op == "output":
             return dict(value_of(node.args[0]))
         else:
@@ -64,7 +69,7 @@ def interpret(
             if watch is not None:
                 watch(node, args, values[node])
         for dead in dying.get(node, ()):
-            del values[dead]
+            values.pop(dead, None)
     raise SmeltError(f"program {program.name} has no output node")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -40,7 +41,8 @@ def derive(program: Program) -> None:
     inputs = {name: _described(program, name) for name in program.inputs}
     sizes = _Sizes({d for shape, _ in inputs.values() for d in shape if isinstance(d, str)})
     values: dict[fx.Node, Any] = {}
-    with sizes.mode, torch.no_grad(), _quiet():
+    # the Python dispatcher has forms of composite ops (such as matmul) that keep sizes symbolic where C++ does not
+    with sizes.mode, torch.no_grad(), enable_python_dispatcher(), _quiet():
         for node in program.graph.nodes:
             if node.op == "output":
                 break

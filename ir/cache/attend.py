@@ -5,32 +5,33 @@ from __future__ import annotations
 import torch
 
 from .segments import Read
+from .step import Step
 
 LOGITS = 1 << 24  # most logits held at once (64 MiB in float32); longer prompts go through in blocks of queries
 
 
 def attend_row(
     q: torch.Tensor,
-    at: torch.Tensor,
-    visible: torch.Tensor,
+    step: Step,
+    row: int,
     reads: list[Read],
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale · q kᵀ) v in float32 over every stored token and the visible new ones; q [H, T, D] → [H, T, E].
+    """softmax(scale · q kᵀ) v in float32 over a row's stored tokens and the new ones seen; q [H, T, D] → [H, T, E].
 
-    `at` [T]: positions of the queries. `visible` [T, T]: which new tokens (the last T of `reads`) a query sees; a query
-    that does not see itself is padding and yields zeros. `window`: only tokens at a distance below it are seen.
-    `softcap` c: logits become c · tanh(logits / c). `sinks` [H]: a logit per head that carries no value.
+    The step's T new tokens are the last of `reads`. Queries that are not valid yield zeros. `window`: only tokens at a
+    distance below it are seen. `softcap` c: logits become c · tanh(logits / c). `sinks` [H]: a logit per head that
+    carries no value.
     """
     heads, new, _ = q.shape
     keys = torch.cat([read.keys for read in reads], 1)
     values = torch.cat([read.values for read in reads], 1)
     groups, stored = keys.shape[0], keys.shape[1] - new
     positions = torch.cat([read.positions.expand(groups, -1) for read in reads], 1)
-    real = visible.diagonal()
+    at, real = step.positions[row], step.valid[row]
     values[:, stored:] = torch.where(real[:, None], values[:, stored:], 0.0)  # padding may hold anything
     out = q.new_zeros(heads, new, values.shape[-1])
     block = max(1, LOGITS // (heads * keys.shape[1]))
@@ -40,7 +41,8 @@ def attend_row(
         logits = grouped @ keys[:, None].mT * scale  # [G, H / G, block, S]
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        seen = torch.cat([visible.new_ones(logits.shape[2], stored), visible[rows]], 1).expand(groups, -1, -1)
+        fresh = step.sees(row, rows)
+        seen = torch.cat([fresh.new_ones(len(fresh), stored), fresh], 1).expand(groups, -1, -1)
         if window is not None:
             seen = seen & (at[rows, None] - positions[:, None, :] < window)
         logits = logits.masked_fill(~seen[:, None], float("-inf"))

@@ -12,7 +12,10 @@ WORD = 64  # new tokens per word of the visibility bitset
 
 @dataclass(frozen=True)
 class Step:
-    """What `Cache.begin` was told: `positions` and `valid` [B, T], and `ancestors` [T, T] or [B, T, T] of a tree."""
+    """What `Cache.begin` was told: `positions` and `valid` [B, T], and `ancestors` [T, T] or [B, T, T] of a tree.
+
+    A token sees itself; one that is not valid sees nothing and is seen by none.
+    """
 
     positions: torch.Tensor
     valid: torch.Tensor
@@ -23,23 +26,35 @@ class Step:
         """New tokens of each row, T."""
         return self.positions.shape[1]
 
-    @cached_property
-    def visible(self) -> torch.Tensor:
-        """bool [B, T, T]: new token i sees new token j. A token sees itself; one that is not valid sees nothing."""
-        both = self.valid[:, :, None] & self.valid[:, None, :]
+    def sees(self, row: int, queries: slice) -> torch.Tensor:
+        """bool [queries, T]: which new tokens these new tokens of a row see."""
+        valid, at = self.valid[row], self.positions[row]
+        both = valid[queries, None] & valid
         if self.ancestors is None:
-            return both & (self.positions[:, None, :] <= self.positions[:, :, None])
-        itself = torch.eye(self.tokens, dtype=torch.bool, device=self.valid.device)
-        return both & (self.ancestors.to(torch.bool) | itself)
+            return both & (at <= at[queries, None])
+        tree = self.ancestors if self.ancestors.dim() == 2 else self.ancestors[row]
+        index = torch.arange(self.tokens, device=at.device)
+        return both & (tree[queries].to(torch.bool) | (index == index[queries, None]))
 
     @cached_property
     def words(self) -> torch.Tensor:
-        """`visible` as a bitset int64 [B, T, ceil(T / 64)]: bit j % 64 of word j // 64."""
+        """What every token sees as a bitset int64 [B, T, ceil(T / 64)]: bit j % 64 of word j // 64."""
         rows, tokens = self.positions.shape
         if tokens == 1:
             return self.valid[..., None].to(torch.int64)
-        width = -(-tokens // WORD)
-        bits = self.visible.new_zeros(rows, tokens, width * WORD, dtype=torch.int64)
-        bits[..., :tokens] = self.visible
-        shifts = torch.arange(WORD, device=bits.device)
-        return (bits.view(rows, tokens, width, WORD) << shifts).sum(-1)
+        if self.ancestors is not None:
+            return torch.stack([_pack(self.sees(row, slice(None))) for row in range(rows)])
+        # valid tokens stand in order, so token i sees the valid ones up to itself
+        index = torch.arange(tokens, device=self.valid.device)[:, None]
+        ahead = index - WORD * torch.arange(-(-tokens // WORD), device=self.valid.device)
+        within = torch.where(ahead < WORD - 1, (1 << (ahead.clamp(-1, WORD - 2) + 1)) - 1, -1)
+        return torch.where(self.valid[..., None], _pack(self.valid)[:, None] & within, 0)
+
+
+def _pack(bits: torch.Tensor) -> torch.Tensor:
+    """bool [..., T] as int64 [..., ceil(T / 64)]."""
+    width = -(-bits.shape[-1] // WORD)
+    padded = bits.new_zeros(*bits.shape[:-1], width * WORD, dtype=torch.int64)
+    padded[..., : bits.shape[-1]] = bits
+    words: torch.Tensor = padded.unflatten(-1, (width, WORD)) << torch.arange(WORD, device=bits.device)
+    return words.sum(-1)

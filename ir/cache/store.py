@@ -69,7 +69,7 @@ class Cache:
         return longest + self.scratch
 
     def counts(self, layer: int) -> torch.Tensor:
-        """int32 [B, 4]: a layer's stored tokens of each row in sink, body and tail, and its length; updated in place."""
+        """int32 [B, 4], updated in place: what a layer stores of each row in sink, body and tail, and its length."""
         return self._schedule_of[layer].table
 
     def stored(self, layer: int) -> list[int]:
@@ -162,10 +162,9 @@ class Cache:
         step, schedule, segments = self._current(), self._schedule_of[layer], self.segments[layer]
         out = []
         for row, (length, counts) in enumerate(zip(self.lengths, schedule.counts, strict=True)):
-            at = step.positions[row]
             flushed = 0 if self.prefilling else segments.site.flushed(length)
-            reads = segments.read(row, length, counts, flushed, at)
-            out.append(attend_row(q[row], at, step.visible[row], reads, scale, window, softcap, sinks))
+            reads = segments.read(row, length, counts, flushed, step.positions[row])
+            out.append(attend_row(q[row], step, row, reads, scale, window, softcap, sinks))
         return torch.stack(out)
 
     def commit(self, accepted: Indices) -> None:

@@ -1,8 +1,15 @@
-"""Capture checks itself: a Program's outputs against the source model's own eager forward, weights streamed through."""
+"""Capture checks itself: a Program's outputs against the source model's own eager forward, weights streamed through.
+
+One walk over the graph answers all questions, because each walk decodes every weight:
+- Do the outputs equal the source's? Masks are asked for tokens that stand far apart, so that a window, or anything else
+  that a mask does only in long texts, shows in a short probe.
+- Does a decoder mix tokens in attention alone? Tokens that attend to themselves only, in one sequence, must give what
+  they give as sequences of one. A cache could not reproduce anything else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,112 +18,109 @@ from torch import nn
 
 from ..errors import SmeltError
 from ..interpret import interpret
+from ..ops import ATTENTION, arguments
 from ..program import Program
 from ..weight import Weight
+from .exported import first_line
+from .interfaces import chosen
+from .streamed import streamed
+from .variants import ALONE, TOLERANCE, alone_inputs, broken_weight, relative_error, require_own_tokens, side_by_side
 
-TOLERANCE = 1e-4  # relative to the largest logit, fp32
+_UNKNOWN_CONTEXT = 1 << 17
+_ALONE = 6  # tokens of the second question
 
 
-def check_against_source(program: Program, model: Any, weights: Mapping[str, Weight], decoder: bool) -> None:
-    """Raises SmeltError if outputs on a probe batch differ by more than TOLERANCE, or are not finite."""
-    context = program.facts.get("context") or 64
-    length = max(2, min(24, context))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, program.facts["vocabulary"], (2, length), generator=generator)
-    positions = torch.arange(length).expand(2, -1)
-    second = positions if decoder else torch.ones_like(tokens)
-    if not decoder:
-        second[1, length // 2 :] = 0
-    with torch.no_grad():
-        mine = interpret(program, dict(zip(program.inputs, (tokens, second), strict=True)))
-        mine_out = mine["logits" if decoder else "hidden"].float()
-        if not torch.isfinite(mine_out).all():
-            raise SmeltError(f"{program.name}: outputs are not finite; {_broken_weight(weights)}")
-        with _eager(model), streamed(model, weights):
-            if decoder:
-                theirs = model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-            else:
-                theirs = model(input_ids=tokens, attention_mask=second).last_hidden_state.float()
-    if not decoder:  # what stands at padded places is nobody's promise
-        mine_out, theirs = mine_out[second.bool()], theirs[second.bool()]
-    error = ((mine_out - theirs).abs().max() / theirs.abs().max()).item()
+def check_against_source(program: Program, model: nn.Module, weights: Mapping[str, Weight], decoder: bool) -> None:
+    """Raises SmeltError if the answers differ by more than TOLERANCE, or are not finite.
+
+    `weights` by the model's names; `program.facts["capture_error"]` is set to the difference.
+    """
+    output = "logits" if decoder else "hidden"
+    places = probe_places(program)
+    tokens = torch.randint(0, program.facts["vocabulary"], (2, len(places)), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    if decoder:
+        positions = torch.arange(len(places)).expand(2, -1)
+        answers = _answers(program, tokens, positions, places)
+    else:
+        mask[1, len(places) // 2 :] = 0
+        answers = interpret(program, {"tokens": tokens, "mask": mask})
+    mine = answers[output].float()
+    if not torch.isfinite(mine).all():
+        raise SmeltError(f"{program.name}: outputs are not finite; {broken_weight(weights)}")
+    options = {"position_ids": positions, "use_cache": False} if decoder else {"attention_mask": mask}
+    theirs = _eager(model, weights, places, program.name, input_ids=tokens, **options)
+    seen = mask.bool()  # what stands at padded places is nobody's promise
+    error = relative_error(mine[seen], theirs[seen])
     if not error <= TOLERANCE:
         raise SmeltError(
             f"{program.name}: the captured graph differs from transformers' eager model (relative error {error:.1e}, "
-            f"allowed {TOLERANCE:.0e}); {_suspect(model)}"
+            f"allowed {TOLERANCE:.0e}); some construct of this family bypasses transformers' attention interface"
         )
+    if decoder:
+        require_own_tokens(program.name, answers)
     program.facts["capture_error"] = error
 
 
-def _broken_weight(weights: Mapping[str, Weight]) -> str:
-    for name, weight in weights.items():
-        tensor = weight.parts["data"]
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            return f"weight '{name}' holds NaN or infinite values"
-    return "every weight is finite, so an op overflows"
+def probe_places(program: Program) -> torch.Tensor:
+    """Where the probe's tokens stand in the eyes of masks, int64, rising: close together, at each window's edge, and
+    spread over the context."""
+    context = program.facts.get("context") or _UNKNOWN_CONTEXT
+    windows = sorted({int(arguments(n)["window"] or 0) for n in program.calls(ATTENTION)} - {0})[:4]
+    edges = {window + step for window in windows for step in (-1, 0, 1)}
+    spread = {(context - 1) * part // 8 for part in range(1, 9)}
+    return torch.tensor(sorted(p for p in {*range(6)} | edges | spread if p < context))
 
 
-def _suspect(model: Any) -> str:
-    config = model.config
-    for key, what in (("alibi", "ALiBi attention bias"), ("attention_sink", "attention sinks")):
-        if getattr(config, key, None):
-            return f"the model uses {what}, which capture does not express yet"
-    return "some construct of this family bypasses transformers' attention interface"
+def _answers(program: Program, tokens: torch.Tensor, positions: torch.Tensor, places: torch.Tensor) -> dict[str, Any]:
+    """`logits` of the probe, and those of its first tokens `alone` in one sequence and as sequences of `one`."""
+    apart = places[:, None] - places
+    few, at = tokens[:1, :_ALONE], places[-_ALONE:][None, : tokens.shape[1]]
+    inputs = {
+        "tokens": tokens,
+        "positions": positions,
+        **{
+            f"seen.{w}": (apart < w)[None, None]
+            for w in {arguments(n)["window"] for n in program.calls(ATTENTION)}
+            if w
+        },
+    }
+    inputs |= alone_inputs(few, at)
+    return interpret(side_by_side(program, {"": _by_mask, **ALONE}), inputs)
+
+
+def _by_mask(a: dict[str, Any]) -> dict[str, Any]:
+    """A window as a mask among the inputs, so that tokens may stand anywhere."""
+    return a if a["window"] is None else a | {"mask": f"seen.{a['window']}", "window": None}
+
+
+def _eager(model: Any, weights: Mapping[str, Weight], places: torch.Tensor, name: str, **inputs: Any) -> torch.Tensor:
+    try:
+        with torch.no_grad(), chosen(model, "eager"), _masks_at(places), streamed(model, weights):
+            out = model(**inputs)
+    except SmeltError:
+        raise
+    except Exception as fault:  # modelling code raises anything
+        raise SmeltError(f"{name}: transformers' own eager forward fails: {first_line(fault)}") from fault
+    result: torch.Tensor = out.logits if "logits" in out else out.last_hidden_state
+    return result.float()
 
 
 @contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
-    before = {i: (c._attn_implementation, getattr(c, "_experts_implementation", None)) for i, c in configs.items()}
-    for config in configs.values():
-        config._attn_implementation = "eager"
-        if getattr(config, "_experts_implementation", None) is not None:
-            config._experts_implementation = "eager"
+def _masks_at(places: torch.Tensor) -> Iterator[None]:
+    """Eager masks as if token i stood at places[i]."""
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+    plain = AttentionMaskInterface()["eager"]
+
+    def moved(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **options: Any) -> Any:
+        def at(batch: Any, head: Any, q: Any, k: Any) -> Any:
+            return mask_function(batch, head, places[q], places[k])
+
+        return plain(*args, mask_function=at, **options)
+
+    AttentionMaskInterface.register("eager", moved)
     try:
         yield
     finally:
-        for i, config in configs.items():
-            config._attn_implementation, experts = before[i]
-            if experts is not None:
-                config._experts_implementation = experts
-
-
-@contextmanager
-def streamed(model: nn.Module, weights: Mapping[str, Weight]) -> Iterator[None]:
-    """The model in fp32 with each module's parameters present only while that module runs."""
-    table = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    first: dict[int, str] = {}
-    name_of = {id(t): first.setdefault(id(t), n) for n, t in table.items()}
-    hooks = []
-    for module in model.modules():
-        slots = [
-            (slot, key, tensor, weights[name_of[id(tensor)]])
-            for slot in (module._parameters, module._buffers)
-            for key, tensor in slot.items()
-            if tensor is not None and name_of[id(tensor)] in weights
-        ]
-        if slots:
-            hooks.append(module.register_forward_pre_hook(_enter(slots)))
-            hooks.append(module.register_forward_hook(_leave(slots), always_call=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _enter(slots: list[tuple[dict[str, Any], str, Any, Weight]]) -> Any:
-    def pre(module: nn.Module, args: Any) -> None:
-        for slot, key, tensor, weight in slots:
-            value = weight.dense()
-            slot[key] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
-
-    return pre
-
-
-def _leave(slots: list[tuple[dict[str, Any], str, Any, Weight]]) -> Any:
-    def post(module: nn.Module, args: Any, output: Any) -> None:
-        for slot, key, tensor, _ in slots:
-            slot[key] = tensor
-
-    return post
+        AttentionMaskInterface.register("eager", plain)

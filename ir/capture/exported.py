@@ -38,8 +38,25 @@ def _reason(fault: Exception) -> str:
             "it branches on values that are known only when it runs, and a graph takes one way; "
             "express the choice as torch.where"
         )
+    return f"torch.export stops at: {first_line(fault)}"
+
+
+def first_line(fault: Exception) -> str:
+    """What an exception of a library says first, cut to a length that one can read."""
     lines = (line.strip() for line in str(fault).splitlines())
-    return f"torch.export stops at: {next(filter(None, lines), type(fault).__name__)[:300]}"
+    return next(filter(None, lines), type(fault).__name__)[:300]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; every part goes back to the mode it had."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,56 +12,46 @@ from torch.export import Dim
 
 from ..errors import SmeltError
 from ..interpret import interpret
-from ..ops import ATTENTION, EMBEDDING, arguments
 from ..program import Program
 from ..raising import raise_program
+from ..raising.linear import raise_head
 from ..weight import Weight
-from .check import TOLERANCE
-from .exported import strip_prefix, to_program
-
-aten = torch.ops.aten
+from .decoder import as_decoder
+from .exported import evaluating, export, first_line, to_program
+from .names import all_tensors, tied_names
+from .variants import ALONE, TOLERANCE, alone_inputs, broken_weight, relative_error, require_own_tokens, side_by_side
 
 
 def capture_module(module: nn.Module, example: Sequence[torch.Tensor], name: str | None = None) -> Program:
     """A Program of `module`, traced on `example`: positional tensors whose first dimension is the batch.
 
     Integer inputs [B, T] are dynamic in T too. One integer input and one output [B, T, V] over causal attention make a
-    decoder: `arange(T)` becomes the input `positions`. Outputs are named `logits` there, else `output0`, `output1`, ….
+    decoder: `arange(T)` becomes the input `positions`, the output `logits`. Other outputs go by their key if the module
+    returns a dict, else by `output0`, `output1`, …. Raises SmeltError naming what cannot be captured.
     """
-    if not example:
-        raise SmeltError(f"{type(module).__name__}: capturing a plain module needs `example` inputs, one tensor each")
     name = name or type(module).__name__
-    was_training = module.training
-    module.eval()
-    try:
-        program = _capture(module, tuple(example), name)
-    finally:
-        module.train(was_training)
-    return program
+    if not example:
+        raise SmeltError(f"{name}: capturing a plain module needs `example` inputs, one tensor each")
+    _require_float32(name, module, example)
+    with evaluating(module), torch.no_grad():
+        return _capture(module, tuple(example), name)
 
 
 def _capture(module: nn.Module, example: tuple[torch.Tensor, ...], name: str) -> Program:
     names = _input_names(module, len(example))
-    is_tokens = [not e.is_floating_point() and e.dim() == 2 for e in example]
+    is_tokens = [_is_tokens(e) for e in example]
     batch, length = Dim("B", min=1, max=1 << 16), Dim("T", min=1, max=_longest(module))
     shapes = tuple({0: batch, 1: length} if tokens else {0: batch} for tokens in is_tokens)
-    traced = tuple(_widened(e) for e in example)
-    with torch.no_grad():
-        results = module(*example)
-        count = len(results) if isinstance(results, tuple | list) else 1
-        exported = _export(_Wrapped(module), traced, (shapes,), name)
-    strip_prefix(exported)
-    state = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    first: dict[int, str] = {}
-    tied = {n: first.setdefault(id(t), n) for n, t in state.items()}
-    outputs = tuple(f"output{i}" for i in range(count))
-    program = to_program(exported, name, names, outputs, lambda n: Weight.of(state[n]), tied)
+    outputs = tuple(_run(module, example, name))
+    tensors = all_tensors(module)
+    exported = export(_Wrapped(module), tuple(_widened(e) for e in example), (shapes,), name)
+    program = to_program(exported, name, names, outputs, lambda n: Weight.of(tensors[n]), tied_names(module))
     program.facts = {"kind": "module", "source": name, "inputs": _describe(names, example, is_tokens)}
-    if len(example) == 1 and is_tokens[0] and count == 1:
-        _as_decoder(program, module)
     raise_program(program)
-    _settle_kind(program)
-    _check(program, module, example, is_tokens)
+    if is_tokens == [True] and len(outputs) == 1 and as_decoder(program):
+        raise_head(program)
+    for inputs in (example, _other_sizes(example)):
+        _check(program, module, inputs)
     return program
 
 
@@ -70,17 +60,35 @@ class _Wrapped(nn.Module):
         super().__init__()
         self.model = module
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        out = self.model(*inputs)
-        return tuple(out) if isinstance(out, tuple | list) else (out,)
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(_named(self.model(*inputs)).values())
 
 
-def _export(module: nn.Module, example: Any, shapes: Any, name: str) -> torch.export.ExportedProgram:
+def _named(out: Any) -> dict[str, Any]:
+    if isinstance(out, Mapping):
+        return dict(out)
+    return {f"output{i}": value for i, value in enumerate(out if isinstance(out, tuple | list) else (out,))}
+
+
+def _run(module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str) -> dict[str, torch.Tensor]:
     try:
-        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-    except Exception as fault:  # export raises dozens of kinds; each means a construct it cannot trace
-        first = next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__)
-        raise SmeltError(f"{name}: cannot be captured yet, torch.export stops at: {first.strip()[:300]}") from fault
+        out = _named(module(*inputs))
+    except Exception as fault:  # a module raises anything on inputs that do not fit
+        raise SmeltError(f"{name}: fails on the example inputs: {first_line(fault)}") from fault
+    strange = next((key for key, value in out.items() if not isinstance(value, torch.Tensor)), None)
+    if strange is not None:
+        raise SmeltError(f"{name}: returns a {type(out[strange]).__name__} as '{strange}'; capture takes tensors only")
+    return out
+
+
+def _require_float32(name: str, module: nn.Module, example: Sequence[Any]) -> None:
+    if strange := next((e for e in example if not isinstance(e, torch.Tensor) or not e.dim()), None):
+        raise SmeltError(f"{name}: `example` takes tensors with a batch dimension, not {strange!r}")
+    for key, tensor in (*(("an example input", e) for e in example), *all_tensors(module).items()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise SmeltError(
+                f"{name}: {key} is {tensor.dtype}; capture traces plain modules in float32: module.float()"
+            )
 
 
 def _input_names(module: nn.Module, count: int) -> tuple[str, ...]:
@@ -88,17 +96,27 @@ def _input_names(module: nn.Module, count: int) -> tuple[str, ...]:
     return tuple(found[:count]) if len(found) >= count else tuple(f"input{i}" for i in range(count))
 
 
+def _is_tokens(example: torch.Tensor) -> bool:
+    return not example.is_floating_point() and example.dim() == 2
+
+
 def _widened(example: torch.Tensor) -> torch.Tensor:
     """At least two of everything dynamic: torch.export takes a dimension of one for a constant."""
     if example.shape[0] == 1:
         example = torch.cat([example, example])
-    if not example.is_floating_point() and example.dim() == 2 and example.shape[1] == 1:
+    if _is_tokens(example) and example.shape[1] == 1:
         example = torch.cat([example, example], 1)
     return example
 
 
+def _other_sizes(example: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """One row more, half the tokens: what a graph that holds for one size only gets wrong."""
+    more = (torch.cat([e, e[:1]]) for e in example)
+    return tuple(e[:, : max(1, e.shape[1] // 2)] if _is_tokens(e) else e for e in more)
+
+
 def _longest(module: nn.Module) -> int:
-    """The smallest learned position table could bound T; torch.export says so itself, this is only a start."""
+    """Where a module says how many tokens it takes; torch.export wants to know before it meets the table."""
     return int(getattr(module, "context", 0) or getattr(module, "block_size", 0) or 1 << 20)
 
 
@@ -109,54 +127,23 @@ def _describe(names: tuple[str, ...], example: tuple[torch.Tensor, ...], tokens:
     }
 
 
-def _as_decoder(program: Program, module: nn.Module) -> None:
-    """Name the inputs as a decoder's and let `arange(T)` be the input `positions`."""
-    tokens = next(n for n in program.graph.nodes if n.op == "placeholder")
-    ranges = [n for n in program.calls(aten.arange.default, aten.arange.start, aten.arange.start_step)]
-    if not ranges:
-        return
-    with program.graph.inserting_after(tokens):
-        positions = program.graph.placeholder("positions")
-    for node in ranges:
-        for user in list(node.users):
-            if user.target is aten.unsqueeze.default and user.args[1] == 0:
-                user.replace_all_uses_with(positions)
-            elif user.target is aten.embedding.default:
-                user.replace_input_with(node, positions)
-    program.prune()
-    if list(program.calls(aten.arange.default, aten.arange.start, aten.arange.start_step)) or not positions.users:
-        raise SmeltError(f"{program.name}: uses arange for more than positions, which cannot be captured as a decoder yet")
-    tokens.target = tokens.name = "tokens"
-    program.facts = {"kind": "decoder", "family": program.name, "source": program.name, "eos": []}
-    output = program.outputs.pop("output0")
-    program.graph.output_node().args = ({"logits": output},)
-
-
-def _settle_kind(program: Program) -> None:
-    if program.facts["kind"] != "decoder":
-        return
-    causal = [bool(arguments(n)["causal"]) for n in program.calls(ATTENTION)]
-    if not causal or not all(causal):
-        raise SmeltError(f"{program.name}: a token model needs causal scaled_dot_product_attention (is_causal=True)")
-    tables = {str(n.args[0]): n.args[1] for n in program.calls(EMBEDDING)}
-    words, places = (program.weights[str(tables[k].target)].shape[0] for k in ("tokens", "positions"))
-    hidden = program.weights[str(tables["tokens"].target)].shape[1]
-    program.facts |= {"vocabulary": words, "context": places, "hidden": hidden}
-
-
-def _check(program: Program, module: nn.Module, example: tuple[torch.Tensor, ...], tokens: list[bool]) -> None:
-    inputs: dict[str, torch.Tensor] = dict(zip(program.inputs, example, strict=False))
+def _check(program: Program, module: nn.Module, example: tuple[torch.Tensor, ...]) -> None:
+    inputs = dict(zip(program.inputs, example, strict=False))
     if program.facts["kind"] == "decoder":
-        inputs["positions"] = torch.arange(example[0].shape[1]).expand(example[0].shape[0], -1)
-    with torch.no_grad():
-        mine = list(interpret(program, inputs).values())
-        out = module(*example)
-    theirs = list(out) if isinstance(out, tuple | list) else [out]
-    for a, b in zip(mine, theirs, strict=True):
-        error = ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30)).item()
+        tokens = inputs["tokens"]
+        inputs["positions"] = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        inputs |= alone_inputs(tokens[:1], inputs["positions"][:1])
+        answers = interpret(side_by_side(program, {"": lambda a: a, **ALONE}), inputs)
+        require_own_tokens(program.name, answers)
+    else:
+        answers = interpret(program, inputs)
+    theirs = _run(module, example, program.name)
+    for (key, mine), meant in zip(answers.items(), theirs.values(), strict=False):
+        if not torch.isfinite(meant).all():
+            raise SmeltError(f"{program.name}: outputs are not finite; {broken_weight(program.weights)}")
+        error = relative_error(mine, meant)
         if not error <= TOLERANCE:
             raise SmeltError(
-                f"{program.name}: the captured graph differs from the module (relative error {error:.1e}, allowed "
-                f"{TOLERANCE:.0e}); does it hold NaN weights, or branch on its data?"
+                f"{program.name}: the captured graph differs from the module in '{key}' (relative error {error:.1e}, "
+                f"allowed {TOLERANCE:.0e}); does it behave differently for other batch sizes, or at random?"
             )
-

@@ -1,19 +1,22 @@
 """Raising: from ATen to the dialect, one small pattern a construct. What no pattern knows stays ATen and still runs."""
 
 from ..program import Program
-from .blocks import raise_attention, raise_gated, raise_head
-from .cleanup import functional
-from .linear import raise_embedding, raise_linear
+from .activation import raise_gated, raise_gelu
+from .attention import raise_attention
+from .cleanup import drop_copies, functional
+from .linear import raise_embedding, raise_head, raise_linear
 from .norm import raise_layer_norm, raise_rms_norm
 from .rotary import raise_rotary
 
 STEPS = (
     functional,
+    drop_copies,
     raise_linear,
     raise_embedding,
     raise_layer_norm,
     raise_rms_norm,
     raise_rotary,
+    raise_gelu,
     raise_gated,
     raise_attention,
     raise_head,

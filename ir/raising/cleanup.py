@@ -40,7 +40,7 @@ def functional(program: Program) -> int:
     for node in program.calls(*_in_place(program)):
         target = node.args[0]
         later = _after(node)
-        reason = _shared(program, target, later)
+        reason = _shared(program, node, later)
         if reason:
             raise SmeltError(f"{program.name}: {node.target} writes into {reason}, which cannot be captured yet")
         node.target = _functional_of(program, node.target)
@@ -90,13 +90,15 @@ def _after(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _shared(program: Program, target: Any, later: list[fx.Node]) -> str | None:
-    """What besides `target` holds the storage written to and is still read, in words; None if nothing is."""
+def _shared(program: Program, node: fx.Node, later: list[fx.Node]) -> str | None:
+    """What besides its first argument holds the storage that `node` writes to and is still read; None if nothing is."""
+    target: Any = node.args[0]
     root = _root(target)
     if root.op != "call_function":
         return f"the {'weight' if root.op == 'get_attr' else 'input'} {root.target}"
     read = {used for reader in later for used in reader.all_input_nodes}
-    others = [n for n in program.graph.nodes if n is not target and n in read and n not in later and _root(n) is root]
+    before = [n for n in program.graph.nodes if n not in (target, node, *later)]
+    others = [n for n in before if n in read and _root(n) is root]
     return f"{target}, which shares storage with {others[0]}" if others else None
 
 

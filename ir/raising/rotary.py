@@ -10,16 +10,11 @@ from torch import fx
 
 from ..ops import ROTARY
 from ..program import Program
-from .match import Call, Hole, Maybe, match
+from .match import Call, Hole, match, rewrite
 
 aten = torch.ops.aten
-_MUL, _X, _POSITIONS, _FREQ = (aten.mul.Tensor,), Hole("x"), Hole("positions"), Hole("inv_freq")
+_MUL, _X = (aten.mul.Tensor,), Hole("x")
 _END = sys.maxsize
-
-
-def _unsqueeze(inner: Any, dim: int) -> Call:
-    return Call((aten.unsqueeze.default,), (inner, dim))
-
 
 _PAIR = (Hole("left"), Hole("right"))
 _OUTER = Call((aten.transpose.int,), (Call((aten.matmul.default, aten.bmm.default), _PAIR), 1, 2))
@@ -27,47 +22,41 @@ _PRODUCT = Call(_MUL, _PAIR)  # the same product of a column and a row, as some 
 _TWICE = Call((aten.cat.default,), ([Hole("half"), Hole("half")], -1))
 
 
-def _wave(function: Any) -> Any:
-    call = Call((function,), (Hole("angles"),))
-    return _unsqueeze(Maybe(Call(_MUL, (call, Hole("scale"))), call), 1)
+def _slice(source: Any, start: Any, end: Any) -> Call:
+    return Call((aten.slice.Tensor,), (source, 3, start, end))
 
 
-_HALF = Call(
-    (aten.cat.default,),
-    (
-        [
-            Call((aten.neg.default,), (Call((aten.slice.Tensor,), (_X, 3, Hole("r"), _END)),)),
-            Call((aten.slice.Tensor,), (_X, 3, 0, Hole("r"))),
-        ],
-        -1,
-    ),
+_TURNED = Call(
+    (aten.cat.default,), ([Call((aten.neg.default,), (_slice(_X, Hole("r"), _END),)), _slice(_X, 0, Hole("r"))], -1)
 )
-_ROTATED = Call(
-    (aten.add.Tensor,),
-    (
-        Call(_MUL, (_X, _wave(aten.cos.default)), swaps=True),
-        Call(_MUL, (_HALF, _wave(aten.sin.default)), swaps=True),
-    ),
-    swaps=True,
-)
-_PASSED = Call((aten.cat.default,), ([Hole("rotated"), Call((aten.slice.Tensor,), (Hole("whole"), 3, Hole("from"), _END))], -1))
+
+
+def _rotated(scaled: bool) -> Call:
+    def wave(function: Any) -> Call:
+        call = Call((function,), (Hole("angles"),))
+        return Call((aten.unsqueeze.default,), (Call(_MUL, (call, Hole("scale"))) if scaled else call, 1))
+
+    straight = Call(_MUL, (_X, wave(aten.cos.default)), swaps=True)
+    turned = Call(_MUL, (_TURNED, wave(aten.sin.default)), swaps=True)
+    return Call((aten.add.Tensor,), (straight, turned), swaps=True)
+
+
+_ROTATED = (_rotated(scaled=True), _rotated(scaled=False))
+_PASSED = Call((aten.cat.default,), ([Hole("rotated"), _slice(Hole("whole"), Hole("from"), _END)], -1))
 
 
 def raise_rotary(program: Program) -> int:
     """Each rotated tensor → rotary(x, positions, inv_freq, scale); partial rotation absorbs its slice and cat."""
     count = 0
     for node in program.calls(aten.add.Tensor):
-        found = match(_ROTATED, node)
+        found = next(filter(None, (match(pattern, node) for pattern in _ROTATED)), None)
         angles = None if found is None else _angles(found["angles"])
-        if found is None or angles is None:
+        if found is None or angles is None or angles[1].meta["val"].shape != (found["r"],):
             continue
-        positions, inv_freq = angles
-        with program.graph.inserting_before(node):
-            scale = float(found.get("scale", 1.0))
-            call = program.graph.call_function(ROTARY.target, (found["x"], positions, inv_freq, scale))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        count += 1
+        scale = found.get("scale", 1.0)
+        if isinstance(scale, float):
+            rewrite(program, node, ROTARY, found["x"], *angles, scale)
+            count += 1
     _absorb_passed(program)
     return count
 
@@ -86,13 +75,13 @@ def _angles(node: Any) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-_SHAPING = {aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor, aten.to.dtype, aten._to_copy.default}
-_SHAPING |= {aten.to.dtype_layout, aten.to.device, aten.view.default}
+_CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.unsqueeze.default, aten.expand.default}
+_WHOLE = Call((aten.slice.Tensor,), (Hole("source"), Hole("dim"), 0, _END))  # as `x[:, None]` leaves it behind
 
 
 def _source(node: Any, kind: str) -> fx.Node | None:
-    """The weight or input at the end of a chain of views and casts."""
-    while isinstance(node, fx.Node) and node.target in _SHAPING:
+    """The weight or input at the end of a chain of casts and of views that drop nothing."""
+    while isinstance(node, fx.Node) and (node.target in _CASTS or match(_WHOLE, node) is not None):
         node = node.args[0]
     return node if isinstance(node, fx.Node) and node.op == kind else None
 
@@ -103,9 +92,6 @@ def _absorb_passed(program: Program) -> None:
         if found is None or getattr(found["rotated"], "target", None) is not ROTARY.target:
             continue
         rotated, whole, start = found["rotated"], found["whole"], found["from"]
-        x = rotated.args[0]
-        part = match(Call((aten.slice.Tensor,), (Hole("whole"), 3, 0, start)), x)
-        if x is whole or (part is not None and part["whole"] is whole):
-            with program.graph.inserting_before(node):
-                call = program.graph.call_function(ROTARY.target, (whole, *rotated.args[1:]))
-            node.replace_all_uses_with(call)
+        is_all = rotated.args[0] is whole and start == whole.meta["val"].shape[-1]
+        if is_all or match(_slice(whole, 0, start), rotated.args[0]) is not None:
+            rewrite(program, node, ROTARY, whole, *rotated.args[1:])

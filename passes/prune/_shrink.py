@@ -6,7 +6,7 @@ stay, and must give exactly the numbers that its old result keeps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,27 +86,32 @@ def _left(labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
 
 
 def _arguments(node: fx.Node, before: Mapping[fx.Node, Labels], left: Labels, kept: torch.Tensor) -> tuple[Any, ...]:
-    """The node's arguments with its stated sizes, counts and bounds as they should be for the result `left`."""
-    x, *rest = node.args
-    first = _parts(left)[0]
+    """The node's arguments with its stated sizes and bounds as they should be for the result `left`."""
+    args: Any = node.args
+    x, rest, parts = args[0], args[1:], _parts(left)
+    shape = parts[0].shape
     if node.target in _VIEWS:
-        stated: Any = rest[0]
-        return (x, [first.shape[i] if isinstance(s, int) and s != -1 else s for i, s in enumerate(stated)], *rest[1:])
+        return (x, [size if _free(size) else shape[i] for i, size in enumerate(rest[0])], *rest[1:])
     if node.target is aten.unflatten.int:
-        dim, stated = rest[0] % before[x].dim(), rest[1]  # type: ignore[operator,index,union-attr]
-        return (x, rest[0], [first.shape[dim + i] if s != -1 else s for i, s in enumerate(stated)])  # type: ignore[arg-type]
+        first = rest[0] % _parts(before[x])[0].dim()
+        return (x, rest[0], [size if _free(size) else shape[first + i] for i, size in enumerate(rest[1])])
     if node.target is aten.split.Tensor:
-        return (x, first.shape[rest[1] if len(rest) > 1 else 0], *rest[1:])  # type: ignore[index]
+        return (x, shape[rest[1] if len(rest) > 1 else 0], *rest[1:])
     if node.target is aten.split_with_sizes.default:
-        return (x, [part.shape[rest[1] if len(rest) > 1 else 0] for part in _parts(left)], *rest[1:])  # type: ignore[index]
+        return (x, [part.shape[rest[1] if len(rest) > 1 else 0] for part in parts], *rest[1:])
     if node.target is aten.slice.Tensor:
-        return (x, *_bounds(_parts(before[x])[0], rest, kept))  # type: ignore[index]
+        return (x, *_bounds(_parts(before[x])[0], rest, kept))
     return node.args
 
 
-def _bounds(labels: torch.Tensor, rest: list[Any], kept: torch.Tensor) -> list[Any]:
+def _free(size: Any) -> bool:
+    """Whether a view leaves this size open: -1, or a size of the inputs."""
+    return not isinstance(size, int) or size == -1
+
+
+def _bounds(labels: torch.Tensor, rest: Sequence[Any], kept: torch.Tensor) -> Sequence[Any]:
     """`dim, start, end, …` of a slice, counted in what stays."""
-    dim, start, end, *step = (*rest, *(0, None, None)[len(rest) :])
+    dim, start, end = (*rest, *(0, None, None)[len(rest) :])[:3]
     size = labels.shape[dim]
     stays = kept[labels.movedim(dim, -1).reshape(-1, size).long()]
     if bool((stays.amin(1) == stays.amax(1)).all()):
@@ -119,7 +124,7 @@ def _bounds(labels: torch.Tensor, rest: list[Any], kept: torch.Tensor) -> list[A
         at = max(bound + size if bound < 0 else bound, 0)
         return int(counts[at - 1]) if at else 0
 
-    return [dim, moved(start), moved(end), *step]
+    return (dim, moved(start), moved(end), *rest[3:])
 
 
 def _gives(node: fx.Node, args: tuple[Any, ...], after: Mapping[fx.Node, Labels]) -> bool:

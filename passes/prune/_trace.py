@@ -68,9 +68,8 @@ class Trace:
                 self._fix(node.all_input_nodes, f"they are an output of {program.name}")
             elif is_op(node, LINEAR, HEAD):
                 self._product(program, node)
-            elif node.op == "call_function" and any(n in self.at for n in node.all_input_nodes):
-                if (found := self._carry(node)) is not None:
-                    self.at[node] = found
+            elif any(n in self.at for n in node.all_input_nodes) and (found := self._carry(node)) is not None:
+                self.at[node] = found
 
     def _product(self, program: Program, node: fx.Node) -> None:
         a = arguments(node)
@@ -88,7 +87,9 @@ class Trace:
     def _carry(self, node: fx.Node) -> Labels | Lost | None:
         inputs = node.all_input_nodes
         if node.target is _SIZE:
-            return None  # numbers of channels are constants in a captured graph
+            if isinstance(node.meta["value"], int):  # what is computed from it would be wrong afterwards
+                self._fix(inputs, f"{node.name} counts them")
+            return None
         if node.target in _CASTS or is_op(node, GATED) or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return self._elementwise(node)
         if lost := next((v for n in inputs if isinstance(v := self.at.get(n), Lost)), None):
@@ -117,7 +118,9 @@ class Trace:
         numbers = [self._numbers(n) for n in inputs if n in self.at]
         if any(n is None for n in numbers):
             lost = next((v for n in inputs if isinstance(v := self.at.get(n), Lost)), None)
-            given_up = self._give_up(inputs, stays if whole or lost is None else lost.reason, lost.kind if lost else None)
+            given_up = self._give_up(
+                inputs, stays if whole or lost is None else lost.reason, lost.kind if lost else None
+            )
             return None if whole else given_up
         first, *others = (torch.broadcast_to(n, shape) for n in numbers if n is not None)
         for other in others:
@@ -172,16 +175,15 @@ class Trace:
 
 def move(node: fx.Node, args: tuple[Any, ...], labels: Mapping[fx.Node, Any]) -> Labels:
     """A moving node's own call with these arguments, on numbers instead of values; operands without any are sizes."""
-    args, kwargs = fx.node.map_arg(
-        (args, node.kwargs), lambda n: labels[n] if n in labels else _size(n.meta["value"])
-    )
+    args, kwargs = fx.node.map_arg((args, node.kwargs), lambda n: labels[n] if n in labels else _size(n.meta["value"]))
     moved = node.target(*args, **kwargs)  # type: ignore[operator]  # call_function: the target is callable
     return list(moved) if isinstance(moved, tuple | list) else moved
 
 
 def numbers_in(labels: Labels) -> torch.Tensor:
     """The distinct numbers of a value."""
-    return torch.unique(labels if isinstance(labels, torch.Tensor) else torch.cat([part.reshape(-1) for part in labels]))
+    parts = [labels] if isinstance(labels, torch.Tensor) else labels
+    return torch.unique(torch.cat([part.reshape(-1) for part in parts]))  # type: ignore[no-any-return]  # untyped in torch
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

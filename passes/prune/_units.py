@@ -138,9 +138,7 @@ def _site(
     members = [torch.nonzero(columns == unit).flatten() for unit in units]
     if len({len(member) for member in members}) > 1:
         return Refusal(kind, "its units differ in size")
-    site = Site(
-        _name(node), kind, node, tuple(producers), torch.stack(members), region, component, components
-    )
+    site = Site(_name(node), kind, node, tuple(producers), torch.stack(members), region, component, components)
     shared = next((name for name in site.weights if len(program.uses(name)) > 1), None)
     return Refusal(kind, f"its weight {shared} is read at several places") if shared else site
 

@@ -37,7 +37,8 @@ class Interpolate(Pass):
 
     neurons: share of a layer's neurons to remove.
     heads: share of a layer's key-value heads to remove.
-    select: how units are chosen: `id` by column-pivoted QR of the activations, `magnitude` by the norm of their weights.
+    select: how units are chosen: `id` by column-pivoted QR of the activations, `magnitude` by the norm of their
+        weights.
     correct: whether the reading product is refitted to what is left; false is an ablation.
     ridge: damping of the fit, relative to the mean square of the activations.
     budget: `uniform` removes the share everywhere, `global` over the whole model, where one error bound allows most.
@@ -87,13 +88,17 @@ class Interpolate(Pass):
             )
             return
         if "tokens" not in program.inputs or set(program.inputs) - {"tokens", "positions", "mask"}:
-            yield f"the inputs of {program.name} must be tokens with positions or a mask, but are {', '.join(program.inputs)}"
+            found = ", ".join(program.inputs)
+            yield f"the inputs of {program.name} must be tokens with positions or a mask, but are {found}"
             return
-        for site in self._asked_for(find_units(program)[0], {}):
-            for name in site.weights:
-                encoding = program.weights[name].encoding
-                if not isinstance(encoding, Dense):
-                    yield f"weights of {name} must be Dense, but are {encoding}{program.changed_by(name)}"
+        names = [name for site in self._asked_for(find_units(program)[0], {}) for name in site.weights]
+        coded = [name for name in names if not isinstance(program.weights[name].encoding, Dense)]
+        if coded:
+            yield (
+                f"weights of {coded[0]} must be Dense, but are {program.weights[coded[0]].encoding}"
+                f"{program.changed_by(coded[0])}{f', and {len(coded) - 1} more' if len(coded) > 1 else ''}: "
+                "put prune.interpolate in front"
+            )
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Prune one site after the other, each fitted on the calibration text as the pruned model sees it so far."""
@@ -133,7 +138,9 @@ class Interpolate(Pass):
         for kind in _KINDS:
             of_kind = [site for site in sites if site.kind == kind] if getattr(self, kind) else []
             if of_kind and any(not 0 <= layer < len(of_kind) for layer in self.layers or ()):
-                raise SmeltError(f"layers are counted from 0 to {len(of_kind) - 1} here, but are {list(self.layers or ())}")
+                raise SmeltError(
+                    f"layers are counted from 0 to {len(of_kind) - 1} here, but are {list(self.layers or ())}"
+                )
             for layer, site in enumerate(of_kind):
                 if self.layers is None or layer in self.layers:
                     asked.append(site)
@@ -159,10 +166,11 @@ class Interpolate(Pass):
             for site, target in targets.items():
                 count, present = self._nearest(site, target), len(site.columns)
                 if count == present:
-                    near = "" if present <= target else f", which no other multiple of {self.multiple} columns is nearer to"
-                    skipped[site.name] = (
-                        f"has {present} of {unpruned.get(site.name, present)} {kind}, and {target:g} are to be left{near}"
+                    reason = (
+                        f"has {present} of {unpruned.get(site.name, present)} {kind}, and {target:g} are to be left"
                     )
+                    nearer = f", which no other multiple of {self.multiple} columns is nearer to"
+                    skipped[site.name] = reason + (nearer if present > target else "")
                 elif isinstance(edits := resize(site, torch.arange(count)), str):
                     skipped[site.name] = edits
                 else:
@@ -173,7 +181,9 @@ class Interpolate(Pass):
         """The count of units nearest to `target` whose columns are a multiple; the present one if none is nearer."""
         present, width = site.columns.shape
         counts = [n for n in range(1, present) if n * width % self.multiple == 0]
-        return min([present, *counts], key=lambda n: (abs(n - target), n != present, -n)) if target < present else present
+        return (
+            min([present, *counts], key=lambda n: (abs(n - target), n != present, -n)) if target < present else present
+        )
 
     def _balanced(self, program: Program, samples: Samples, targets: dict[Site, float]) -> dict[Site, float]:
         """Counts under one bound on the unexplained part of every site, together what the targets are together."""

@@ -29,21 +29,21 @@ _MATRICES = {LINEAR: ("weight",), HEAD: ("weight",), EMBEDDING: ("weight",), EXP
 class Quantize(Pass):
     """Stores weight matrices as symmetric integer codes; scales are shared by groups as fine as each matrix needs.
 
-    Only the weights are looked at. The search starts with one scale a row and halves the group while that shrinks the
-    mean range of a group: R(g / 2) / R(g) < alpha. For Gaussian rows the ratio is 0.93 to 0.96, with a 10 sigma outlier
-    in 4096 it is 0.7.
+    Only the weights are looked at. The search starts with one scale a row and halves the group where that shrinks the
+    mean range of a group enough: R(g / 2) / R(g) < alpha. For Gaussian rows the ratio is 0.93 to 0.96, with a 10 sigma
+    outlier in 4096 it is 0.7.
 
     bits: width of a code.
-    alpha: a halving is taken while it leaves less than this share of the mean range.
+    alpha: a halving is taken if it leaves less than this share of the mean range.
     smallest: no group is smaller than this.
     group: one group for every matrix instead of the search; 0 is the whole row.
     head: width of the vocabulary matrices, which are the head and every lookup table. `same` takes `bits`, `keep`
         leaves them as they are. A table that is tied to the head is one matrix and counts once.
     scale: type in which scales are stored.
 
-    Deviations: the paper names a heuristic on ranges, the mean over groups is our reading of it. Experts of one layer
-    share a granularity. Where half a group does not divide the row into whole packing blocks, the next smaller one that
-    does is tried against alpha to the power of the halvings it stands for.
+    Deviations: the paper names a heuristic on ranges; the mean over groups is our reading of it. A halving that does not
+    pay does not end the search, because two outliers in a row are only parted further down: later ones are held to
+    alpha for every halving since the last that did. Experts of one layer share a granularity.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -67,10 +67,14 @@ class Quantize(Pass):
 
     def requires(self, program: Program) -> Iterator[str]:
         """Every matrix that would be encoded must still be dense."""
-        for name, width in self._widths(program).items():
-            weight = program.weights[name]
-            if isinstance(width, int) and not isinstance(weight.encoding, Dense):
-                yield f"weights of {name} must be Dense, but are {weight.encoding}{program.changed_by(name)}"
+        names = [name for name, width in self._widths(program).items() if isinstance(width, int)]
+        coded = [name for name in names if not isinstance(program.weights[name].encoding, Dense)]
+        if coded:
+            yield (
+                f"weights of {coded[0]} must be Dense, but are {program.weights[coded[0]].encoding}"
+                f"{program.changed_by(coded[0])}{f', and {len(coded) - 1} more' if len(coded) > 1 else ''}: "
+                "encode them once"
+            )
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Encode one matrix at a time; no two are decoded at once."""
@@ -83,10 +87,10 @@ class Quantize(Pass):
             if isinstance(width, str):
                 continue
             old = program.weights[name]
-            new, noise[name] = self._encoded(name, old, width)
+            new, noise[name], group = self._encoded(name, old, width)
             program.weights[name] = new
             program.touch(name)
-            groups[str(new.encoding.group or "row")] += 1
+            groups[str(group or "row")] += 1
             before, after = before + old.nbytes, after + new.nbytes
             bits, count = bits + new.bits, count + math.prod(new.shape)
         if not noise:
@@ -101,8 +105,8 @@ class Quantize(Pass):
         }
         return Outcome(tuple(noise), skipped, notes)
 
-    def _encoded(self, name: str, weight: Weight, width: int) -> tuple[Weight, float]:
-        """The encoded weight and its signal to noise ratio in dB."""
+    def _encoded(self, name: str, weight: Weight, width: int) -> tuple[Weight, float, int]:
+        """The encoded weight, its signal to noise ratio in dB, and the group."""
         dense = weight.dense()
         if not bool(dense.isfinite().all()):
             raise SmeltError(f"{name}: has NaN or infinite values, which no integer stands for")
@@ -115,7 +119,8 @@ class Quantize(Pass):
             encoded = Weight(weight.shape, encoding, encoding.encode(dense))
         except SmeltError as error:
             raise SmeltError(f"{name}: {error}") from error
-        return encoded, min(sqnr(dense, encoded.dense()), 999.0)  # a matrix of zeros has no noise; JSON has no infinity
+        ratio = min(sqnr(dense, encoded.dense()), 999.0)  # a matrix of zeros has no noise, and JSON no infinity
+        return encoded, ratio, group
 
     def _widths(self, program: Program) -> dict[str, int | str]:
         """For each weight the width of its codes, or why it stays as it is."""
@@ -130,6 +135,8 @@ class Quantize(Pass):
         }
 
     def _width(self, weight: Weight, read: list[tuple[fx.Node, fx.Node]], routes: bool) -> int | str:
+        if not read:
+            return "nothing reads it"
         others = sorted({user.name for user, node in read if not _is_matrix(user, node)})
         if len(others) == len({user.name for user, _ in read}):
             if len(weight.shape) < 2:
@@ -143,26 +150,23 @@ class Quantize(Pass):
         if vocabulary and self.head == "keep":
             return "a vocabulary matrix, and head is keep"
         width = 8 if vocabulary and self.head == 8 else self.bits
-        if weight.shape[-1] < (self.group or self.smallest):
-            return f"its rows of {weight.shape[-1]} are shorter than a group of {self.group or self.smallest}"
+        least = self.smallest if self.group is None else self.group
+        if weight.shape[-1] < least:
+            return f"its rows of {weight.shape[-1]} are shorter than a group of {least}"
         return Affine(width, self.group or 0, scale=self.scale).refuses(weight.shape) or width
 
 
 def granularity(weight: torch.Tensor, block: int, smallest: int, alpha: float) -> int:
     """The group for `weight [..., N, K]`, 0 for the whole row.
 
-    Groups divide K, are multiples of `block` and at least `smallest`. Each is at most half of the one before.
+    Groups divide K, are multiples of `block` and at least `smallest`; each that is tried is at most half of the last.
     """
-    row = group = weight.shape[-1]
-    spread = _mean_range(weight, group)
-    while spread > 0:
-        finer = [g for g in range(group // 2, smallest - 1, -1) if row % g == 0 and g % block == 0]
-        if not finer:
-            break
-        finer_spread = _mean_range(weight, finer[0])
-        if finer_spread >= spread * alpha ** math.log2(group / finer[0]):
-            break
-        group, spread = finer[0], finer_spread
+    row = tried = group = weight.shape[-1]
+    spread = _mean_range(weight, row)
+    while finer := [g for g in range(tried // 2, smallest - 1, -1) if row % g == 0 and g % block == 0]:
+        tried = finer[0]
+        if (found := _mean_range(weight, tried)) < spread * alpha ** math.log2(group / tried):
+            group, spread = tried, found
     return 0 if group == row else group
 
 

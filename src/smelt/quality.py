@@ -19,12 +19,11 @@ from .ir.errors import SmeltError, nearest
 from .model import Compiled, Generation
 from .passes.measure import Divergence, compare, perplexity
 from .runtime.session import Session
+from .texts import Text
 
 CONTEXT = 1024  # tokens at which a cache is weighed; fewer where the model's context ends before
-PREFIX, LENGTH = 128, 384  # tokens of a window of text, and how many of them are its prompt
-WINDOWS, ROWS = 16, 8  # windows, and how many are replayed at once
-LOGITS = 1 << 27  # values of logits that are kept; a large vocabulary gets fewer windows
-PROMPTS, PROMPT, NEW = 6, 64, 64  # prompts, and the tokens that are given and made
+ROWS = 8  # windows of text that are replayed at once
+NEW = 64  # tokens that a request makes
 REQUESTS: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "seed": 2})
 
 METRICS = {
@@ -42,7 +41,7 @@ METRICS = {
     "tokens_per_step_sampled": "tokens for each run of the model, at temperature 1",
     "tokens_per_second": "decoded tokens, greedy, one request at a time; median of the requests",
     "tokens_per_second_sampled": "decoded tokens at temperature 1, likewise",
-    "lossless": "1 if requests give the same tokens with and without speculation, greedy and sampled; 0 if one does not",
+    "lossless": "1 if requests give the same tokens with and without speculation, greedy and sampled, else 0",
 }
 NEEDS_SOURCE = {"bits_per_weight", "parameters_ratio", "perplexity_ratio", "replay_kl", "top1"}
 
@@ -65,24 +64,6 @@ def replay(plan: Plan, tokens: torch.Tensor, prefix: int) -> torch.Tensor:
             session.cache.commit([[0]] * count)
         parts.append(torch.stack(logits, 1))
     return torch.cat(parts)
-
-
-class Text:
-    """Held-out text as tokens: windows int64 [N, LENGTH] that are spread over it, and the prompts of requests."""
-
-    def __init__(self, tokens: Sequence[int], vocabulary: int, context: int) -> None:
-        """Raises SmeltError if there are too few tokens for two windows."""
-        length = min(LENGTH, context)
-        most = max(1, LOGITS // (vocabulary * length))
-        count = min(WINDOWS, most, len(tokens) // length)
-        if count < min(2, most):
-            raise SmeltError(
-                f"held-out text: {len(tokens)} tokens are too few to measure on; give at least {2 * length}"
-            )
-        stride = (len(tokens) - length) // max(1, count - 1)
-        self.windows = torch.tensor([tokens[i * stride : i * stride + length] for i in range(count)])
-        self.prefix = min(PREFIX, length // 2)
-        self.prompts: list[list[int]] = [row[: min(PROMPT, length // 2)] for row in self.windows[:PROMPTS].tolist()]
 
 
 class Source:
@@ -150,7 +131,7 @@ class Meter:
 
     @cached_property
     def equality(self) -> Equality:
-        """Requests with speculation against the same without; where there is none to switch off, against a second run."""
+        """Requests with speculation against the same without; where there is none, against a second run."""
         equal, difference = 0, ""
         for number, (drafted, plain) in enumerate(zip(self._generated, self._generate(speculate=False), strict=True)):
             pair = drafted.rows[0].tokens, plain.rows[0].tokens

@@ -1,11 +1,19 @@
-"""Texts that every Python has on disk: to calibrate on, and to measure on with the reference model."""
+"""Texts to calibrate on and to measure on: files that every Python has on disk, and windows of held-out tokens."""
 
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .ir.errors import SmeltError
+
+PREFIX, LENGTH = 128, 384  # tokens of a window's prompt, and of the whole window
+WINDOWS = 16
+LOGITS = 1 << 27  # values that the logits of all windows may have; a large vocabulary gets fewer windows
+PROMPTS, PROMPT = 6, 64  # prompts of requests, and their tokens
 
 # The reference model learned from the rest of the standard library; these files were kept from it.
 HELD_OUT = (
@@ -49,6 +57,24 @@ TRAINING = (
     "_pydecimal.py",
     "optparse.py",
 )
+
+
+class Text:
+    """Held-out text as tokens: windows int64 [N, LENGTH] that are spread over it, and the prompts of requests."""
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int, context: int) -> None:
+        """Raises SmeltError if there are too few tokens for two windows."""
+        length = min(LENGTH, context)
+        most = max(1, LOGITS // (vocabulary * length))
+        count = min(WINDOWS, most, len(tokens) // length)
+        if count < min(2, most):
+            raise SmeltError(
+                f"held-out text: {len(tokens)} tokens are too few to measure on; give at least {2 * length}"
+            )
+        stride = (len(tokens) - length) // max(1, count - 1)
+        self.windows = torch.tensor([tokens[i * stride : i * stride + length] for i in range(count)])
+        self.prefix = min(PREFIX, length // 2)
+        self.prompts: list[list[int]] = [row[: min(PROMPT, length // 2)] for row in self.windows[:PROMPTS].tolist()]
 
 
 def held_out_text() -> str:

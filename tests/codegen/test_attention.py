@@ -105,7 +105,7 @@ MUTANTS = {
     "window too wide": ("window", "- place[i] >= WINDOW", "- place[i] > WINDOW"),
     "tail window too narrow": ("stream", "position(t) - WINDOW + 1 - first", "position(t) - WINDOW + 2 - first"),
     "a chunk without its factor": ("kivi", "total += part * factor;", "total += part;"),
-    "wrong head": ("dense", "h / R) * chunks", "(h / R + 1) % G) * chunks"),
+    "wrong head": ("dense", "slot * R + h % R", "slot * R + (h + 1) % R"),
     "no new tokens": ("dense", "kept + sees.count < last ? kept + sees.count : last", "kept < last ? kept : last"),
 }
 

@@ -119,7 +119,7 @@ def test_the_kernel_compiles_for_a_gpu_without_spilling(name, capability, tmp_pa
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    site = replace(SITES[name], heads=32, kv_heads=8, key_dim=128, value_dim=128)
+    site = replace(SITES[name], heads=32, kv_heads=8, key_dim=128, value_dim=128, dense="float16")
     kernel, signatures = TritonAttention(site), signature(site)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for function, types, constants in (

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
-from smelt.ir.cache import CachePlan, Site
+from smelt.ir.cache import CachePlan, Select, Site
 from smelt.ir.capture.hf import capture_hf
-from smelt.ir.encoding import Encoding
+from smelt.ir.decode import DecodePlan, Tree
+from smelt.ir.encoding import Affine, Encoding
 from smelt.ir.ops import ATTENTION, CACHED_ATTENTION, LINEAR, arguments
-from smelt.ir.program import Program
+from smelt.ir.program import Program, Record
 from smelt.ir.shapes import derive
 from smelt.ir.weight import Weight
 
@@ -83,6 +85,25 @@ def quantized(program: Program, encoding: Encoding) -> Program:
     for node in program.calls(LINEAR):
         name = arguments(node)["weight"].target
         program.weights[name] = program.weights[name].encoded(encoding)
+    return program
+
+
+def rich() -> Program:
+    """A program with everything that a program may carry."""
+    program = cached(
+        quantized(captured("llama"), Affine(4, 32)),
+        sink=4,
+        tail=64,
+        keys=Affine(8, 32, "channel", True, "float32"),
+        values=Affine(8, 16),
+        select=Select("key_norm", 0.5, 256),
+    )
+    record = Record(1, "weights.quantize", {"bits": 4, "only": ("mlp",)}, {"kl": 1.5e-3, "worst": math.inf, "left": []})
+    other = Record(2, "cache.insert", {}, {"done": True, "why": None})
+    program.history = (record, other)
+    program.origin = {"model.layers.0.mlp.up_proj.weight": record, "cache": other, "lm_head.weight": other}
+    program.decode = DecodePlan("recycle", Tree.from_paths([(0,), (1,), (0, 0)]), 4)
+    derive(program)
     return program
 
 

@@ -47,6 +47,10 @@ def swap(program: Program, op: Any, index: int, value: Any) -> None:
     node.args = (*node.args[:index], value, *node.args[index + 1 :])
 
 
+def reading(program: Program, name: str) -> fx.Node:
+    return next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == name)
+
+
 def store(program: Program, name: str, **changes: Any) -> None:
     program.weights[name] = replace(program.weights[name], **changes)
 

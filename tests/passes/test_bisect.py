@@ -77,6 +77,13 @@ def test_names_the_step_and_its_worst_weight(cached):
     assert "2 harsh  ← first beyond 0.02" in str(found) and DOWN in str(found)
 
 
+def test_small_harms_add_up(cached):
+    steps = [step(name, Scale(((DOWN, 1.4),))) for name in ("one", "two", "three")]
+    kl = [s.kl for s in bisect(cached, steps, max_kl=100).steps]
+    found = bisect(cached, steps, max_kl=(kl[1] + kl[2]) / 2)
+    assert found.guilty is found.steps[2] and found.guilty.own_kl < found.max_kl
+
+
 def test_names_nobody_when_all_is_well(cached):
     found = bisect(cached, [MILD, AFTER], max_kl=1.0)
     assert found.guilty is None and found.sites == ()

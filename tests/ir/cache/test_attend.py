@@ -197,13 +197,23 @@ def test_blocks_of_queries_do_not_show(monkeypatch):
     assert (cache.attend(0, q, 0.3, 7, 5.0) - whole).abs().max() < TOLERANCE
 
 
-def test_the_bitset_says_what_the_mask_says():
-    cache = Cache(CachePlan((SITE,)), 2, 200)
-    valid = torch.rand(2, 130, generator=torch.Generator().manual_seed(0)) < 0.7
-    cache.begin((valid.cumsum(1) - 1).clamp_min(0), valid)
+@pytest.mark.parametrize("tokens", [2, 64, 65, 130])
+@pytest.mark.parametrize("tree", [False, True], ids=["causal", "tree"])
+def test_the_bitset_says_what_the_mask_says(tokens, tree):
+    cache, chance = Cache(CachePlan((SITE,)), 2, 200), torch.Generator().manual_seed(0)
+    valid = torch.rand(2, tokens, generator=chance) < 0.7
+    ancestors = torch.rand(2, tokens, tokens, generator=chance) < 0.5 if tree else None
+    cache.begin((valid.cumsum(1) - 1).clamp_min(0), valid, ancestors)
     words = cache.step.words
-    assert words.shape == (2, 130, 3) and words.dtype == torch.int64
-    unpacked = torch.stack([(words[..., j // 64] >> (j % 64)) & 1 for j in range(130)], -1).bool()
-    assert torch.equal(unpacked, cache.step.visible)
+    assert words.shape == (2, tokens, -(-tokens // 64)) and words.dtype == torch.int64
+    unpacked = torch.stack([(words[..., j // 64] >> (j % 64)) & 1 for j in range(tokens)], -1).bool()
+    assert torch.equal(unpacked, torch.stack([cache.step.sees(row, slice(None)) for row in (0, 1)]))
+    itself = torch.eye(tokens, dtype=torch.bool)
+    seen = (ancestors | itself) if tree else torch.ones(tokens, tokens).tril().bool()
+    assert torch.equal(unpacked, seen & valid[:, None] & valid[..., None])
+
+
+def test_the_bitset_of_one_token_is_its_validity():
+    cache = Cache(CachePlan((SITE,)), 2, 200)
     cache.begin(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[True], [False]]))
     assert cache.step.words.tolist() == [[[1]], [[0]]]

@@ -1,0 +1,147 @@
+"""Compiles a model by every shipped recipe and measures what each costs and keeps: the table in the README.
+
+python benchmarks/quality.py                          # all recipes on the bundled model
+python benchmarks/quality.py --recipes none finequant --text heldout.txt
+python benchmarks/quality.py --write-readme
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import smelt
+from smelt.codegen.build import threads
+from smelt.quality import Meter, Source
+from smelt.recipes import shipped
+from smelt.texts import Text, held_out_text, training_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+CALIBRATION = 400_000  # bytes of the standard library, about 120 thousand tokens
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+COLUMNS = {  # header: metric, format; the JSON holds more
+    "bits a weight": ("bits_per_weight", "{:.2f}"),
+    "parameters": ("parameters_ratio", "{:.0%}"),
+    "bits a cached value": ("measured_bits_per_value", "{:.2f}"),
+    "MB on disk": ("megabytes_on_disk", "{:.1f}"),
+    "MB in memory": ("megabytes_in_memory", "{:.1f}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "KL": ("replay_kl", "{:.2g}"),
+    "same top-1": ("top1", "{:.1%}"),
+    "tokens a step": ("tokens_per_step", "{:.2f}"),
+    "sampled": ("tokens_per_step_sampled", "{:.2f}"),
+    "tokens a second": ("tokens_per_second", "{:.0f}"),
+    "lossless": ("lossless", "{}"),
+}
+
+
+def main() -> int:
+    """The exit code is 1 if a recipe does not compile."""
+    options = _options()
+    calibration = [options.calibration.read_text()] if options.calibration else training_texts(CALIBRATION)
+    plain = smelt.compile(options.model, "none")
+    held_out = options.text.read_text() if options.text else held_out_text()
+    text = Text(plain.tokenizer.encode(held_out), int(plain.program.facts["vocabulary"]), plain.context)
+    source = Source(plain, text)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in options.recipes or [header.name for header in shipped()]:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        rows[name] = _row(options.model, name, calibration, source)
+    table = markdown(rows)
+    print(table)
+    results = {"date": datetime.date.today().isoformat(), "model": Path(options.model).name, **_machine(), "rows": rows}
+    options.results.mkdir(parents=True, exist_ok=True)
+    place = options.results / f"quality-{results['date']}.json"
+    place.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {place}", file=sys.stderr)
+    if options.write_readme:
+        write_between(ROOT / "README.md", table + "\n\n" + _caption(results))
+    return int(any("error" in row for row in rows.values()))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(smelt.reference_model()), help="folder of a transformers model")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="default: all that ship with smelt")
+    parser.add_argument("--text", type=Path, help="held-out text; default: files of the standard library")
+    parser.add_argument("--calibration", type=Path, help="text to calibrate and train on; default likewise")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
+    parser.add_argument("--write-readme", action="store_true", help="replace the table in the README")
+    return parser.parse_args()
+
+
+def _row(model: str, recipe: str, calibration: Sequence[str], source: Source) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        compiled = source.compiled if recipe == "none" else smelt.compile(model, recipe, calibration=calibration)
+    except smelt.SmeltError as fault:
+        return {"error": str(fault)}
+    compiled_in = time.perf_counter() - start
+    measured = Meter(compiled, source.text, source).all()
+    return {
+        **measured,
+        "megabytes_on_disk": measured["disk_bytes"] / 1e6,
+        "megabytes_in_memory": measured["memory_bytes"] / 1e6,
+        "lossless": "yes" if measured["lossless"] else "NO",
+        "compile_seconds": compiled_in,
+    }
+
+
+def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table in Markdown, a row a recipe; a recipe that failed says why."""
+    lines = [f"| recipe | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
+    for name, row in rows.items():
+        cells = (
+            [form.format(row[metric]) for metric, form in COLUMNS.values()] if "error" not in row else [row["error"]]
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_between(path: Path, block: str) -> None:
+    """Replace what stands between the two marks of a file."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{path} lacks the marks {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "threads": threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "smelt": smelt.__version__,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _caption(results: Mapping[str, Any]) -> str:
+    return (
+        f"Measured on {results['date']} with {results['threads']} threads of {results['cpu']}, Python "
+        f"{results['python']}, torch {results['torch']}, by `python benchmarks/quality.py`. Perplexity, KL and top-1: "
+        "held-out files of the standard library, replayed token by token through the compiled kernels and the real "
+        "cache. Memory: the weights and a cache of 1024 tokens. Tokens a step: greedy, then at temperature 1. Tokens a "
+        "second are those of one small model on one machine: compare them within the table only."
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,209 @@
+"""`smelt compile`: a model and a recipe become an artefact."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import check_output
+from .show import columns, emit, note, size, waiting
+
+if TYPE_CHECKING:
+    from ..model import Compiled
+    from ..passes.events import Event
+    from ..recipes import Recipe
+
+
+def compile_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or hub id of a transformers model.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe by name, or a YAML file.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the artefact.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text file for steps that look at data.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="Change an option: cache.encode.tail=128.")
+    ] = None,
+    print_after: Annotated[
+        list[str] | None, typer.Option(metavar="STEP", help="Print the graph behind a step.")
+    ] = None,
+    stop_after: Annotated[str | None, typer.Option(metavar="STEP", help="Leave out the steps behind this one.")] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Find the step and the sites that hurt most; writes nothing.")
+    ] = False,
+    max_kl: Annotated[float, typer.Option(help="KL in nats beyond which --bisect calls a step guilty.")] = 0.05,
+    target: Annotated[str, typer.Option(help="cpp: generated kernels; torch: the reference.")] = "cpp",
+    no_fallback: Annotated[
+        bool, typer.Option("--no-fallback", help="Refuse what the target has no fast kernel for.")
+    ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Write the last good graph of a failed compile to OUT.failed.txt.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compile MODEL by RECIPE and write an artefact.
+
+    \b
+    smelt compile ./llama finequant -o llama.smelt
+    smelt compile ./llama all-four -o llama.smelt --calibration text.txt
+    smelt compile ./llama ./mine.yaml -o out.smelt --set cache.encode.tail=128
+    smelt compile ./llama all-four --calibration text.txt --bisect
+    """
+    from ..ir.errors import SmeltError
+
+    if target not in ("cpp", "torch"):
+        raise SmeltError(f"--target {target}: choose cpp (generated kernels) or torch (the reference)")
+    if out is None and not bisect:
+        raise SmeltError("nowhere to write: name a folder with -o OUT")
+    if out is not None:
+        check_output(out)
+    with waiting("loading", quiet=bool(_debug_level())) as line:
+        resolved = _recipe(recipe, settings or [], print_after or [], stop_after, calibration)
+        if bisect:
+            _bisect(model, resolved, calibration, stop_after, max_kl, line, json)
+            return
+        assert out is not None
+        graphs: list[tuple[str, str]] = []
+        line.say(f"capturing {model}")
+        with _last_graph(Path(f"{out}.failed.txt") if keep_failed else None):
+            compiled = _compile(
+                model, resolved, calibration, stop_after, target, no_fallback,
+                _listener(line.tell, print_after or [], graphs),
+            )  # fmt: skip
+        line.say(f"writing {out}")
+        try:
+            compiled.save(out)
+        except OSError as fault:
+            raise SmeltError(f"{out}: cannot be written ({fault.strerror}); nothing was left behind") from fault
+    _tell(compiled, out, graphs, json)
+
+
+def _debug_level() -> int:
+    from .. import debug
+
+    return debug.level()
+
+
+def _recipe(
+    recipe: str, settings: list[str], print_after: list[str], stop_after: str | None, calibration: Path | None
+) -> Recipe:
+    """The resolved recipe; whatever can be told to be wrong before the model is read is told here."""
+    from ..ir.errors import SmeltError, nearest
+    from ..passes import catalogue
+    from ..recipes import load
+
+    resolved = load(recipe, catalogue(), settings)
+    names = [step.name for step in resolved.steps]
+    for name in (*print_after, *([stop_after] if stop_after else [])):
+        if name not in names:
+            raise SmeltError(f"no step is named '{name}'{nearest(name, names)}; steps: {', '.join(names)}")
+    if calibration is not None and not calibration.is_file():
+        raise SmeltError(f"{calibration}: no such file; --calibration takes a text file")
+    if calibration is None and resolved.needs.calibration == "text":
+        raise SmeltError(f"the recipe {resolved.name} calibrates on sample texts: give some with --calibration FILE")
+    return resolved
+
+
+def _compile(
+    model: str,
+    recipe: Recipe,
+    calibration: Path | None,
+    stop_after: str | None,
+    target: str,
+    no_fallback: bool,
+    listen: Callable[[Event], None],
+) -> Compiled:
+    from .. import debug
+    from ..compiler import compile as compile_model
+
+    compiled = compile_model(
+        model, recipe, calibration=calibration, target=target, fallback=not no_fallback,  # type: ignore[arg-type]
+        listen=listen, stop_after=stop_after,
+    )  # fmt: skip
+    debug.tell_kernels(compiled.plan)
+    return compiled
+
+
+def _listener(
+    follow: Callable[[Event], None], print_after: list[str], graphs: list[tuple[str, str]]
+) -> Callable[[Event], None]:
+    """Follows a compile; the graphs that were asked for are printed later, when no line moves any more."""
+    from .. import debug
+    from ..ir.text import print_program
+    from ..passes.events import StepDone, StepRolledBack
+
+    def listen(event: Event) -> None:
+        follow(event)
+        debug.tell(event)
+        if isinstance(event, StepDone | StepRolledBack) and event.report.name in print_after:
+            graphs.append((event.report.name, print_program(event.program)))
+
+    return listen
+
+
+@contextmanager
+def _last_graph(place: Path | None) -> Iterator[None]:
+    """A step that fails leaves the graph before it, at `place` or where temporary files go."""
+    from ..ir.errors import SmeltError
+    from ..ir.text import print_program
+    from ..passes.manager import StepFailed
+
+    try:
+        yield
+    except StepFailed as fault:
+        if place is None:
+            place = Path(tempfile.mkdtemp(prefix="smelt-failed-")) / "graph.txt"
+        place.write_text(print_program(fault.program, hashes=False))
+        raise SmeltError(f"{fault} (the last good graph: {place})") from fault
+
+
+def _bisect(
+    model: str, recipe: Recipe, calibration: Path | None, stop_after: str | None, max_kl: float, line: Any, json: bool
+) -> None:
+    from ..assets import model_assets
+    from ..compiler import _samples
+    from ..ir.capture import capture
+    from ..ir.shapes import derive
+    from ..passes.bisect import bisect
+
+    line.say(f"capturing {model}")
+    program = capture(model)
+    derive(program)
+    samples = _samples(calibration, model_assets(model).folder, program.facts)
+    names = [step.name for step in recipe.steps]
+    steps = recipe.steps[: names.index(stop_after) + 1] if stop_after else recipe.steps
+    found = bisect(program, steps, samples, max_kl, line.tell)
+    if not json:
+        print(found)
+        return
+    plain = {"max_kl": max_kl, "steps": [vars(step) for step in found.steps], "note": found.note}
+    guilty = vars(found.guilty) if found.guilty else None
+    emit({**plain, "guilty": guilty, "sites": [vars(site) for site in found.sites]})
+
+
+def _tell(compiled: Compiled, out: Path, graphs: list[tuple[str, str]], json: bool) -> None:
+    written = sum(path.stat().st_size for path in out.iterdir())
+    slow = [row for row in compiled.kernels if row["fallback"]]
+    assert compiled.report is not None
+    if json:
+        emit(
+            {
+                "artefact": str(out),
+                "bytes": written,
+                "recipe": compiled.facts["recipe"],
+                "report": compiled.report.to_dict(),
+                "fallbacks": [{"node": row["node"], "why": row["why"]} for row in slow],
+                "graphs": dict(graphs),
+            }
+        )
+        return
+    for name, graph in graphs:
+        print(f"# behind {name}\n{graph}")
+    print(compiled.report)
+    print(f"{out}: {size(written)}")
+    if slow:
+        note(f"no fast kernel for {len(slow)} nodes, which run as torch ops (--no-fallback refuses them):")
+        note(columns([(row["node"], row["why"]) for row in slow[:5]], indent="  "))

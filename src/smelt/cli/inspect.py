@@ -1,0 +1,159 @@
+"""`smelt inspect`: what a model or an artefact holds, what a step costs, and which kernel runs each node."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .show import columns, emit, number, size, waiting
+
+if TYPE_CHECKING:
+    from ..codegen.plan import Plan
+    from ..ir.cost import Costs
+    from ..ir.program import Program
+
+CONTEXT = 1024  # tokens at which a cache is told in numbers
+
+
+def inspect_(
+    what: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model's folder or hub id, or an artefact.")],
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph as text.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernel of each node and why.")] = False,
+    target: Annotated[str, typer.Option(help="Whose kernels: cpp or torch.")] = "cpp",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show sizes, costs, graph and kernels.
+
+    Costs are those of a step of B rows and T new tokens behind S tokens of context.
+
+    \b
+    smelt inspect ./llama
+    smelt inspect out.smelt --kernels
+    smelt inspect out.smelt --graph > graph.txt
+    """
+    from ..ir.errors import SmeltError
+
+    if target not in ("cpp", "torch"):
+        raise SmeltError(f"--target {target}: choose cpp (generated kernels) or torch (the reference)")
+    with waiting(f"loading {what}"):
+        from ..codegen.lower import lower
+        from ..ir.cost import cost
+        from ..ir.text import print_program
+
+        program, recipe = _read(what)
+        told = {**_sizes(program), "recipe": recipe, "cost": _formulas(cost(program))}
+        if program.facts.get("kind") == "decoder":
+            told["cost_of_a_token"] = cost(program).evaluate(B=1, T=1, S=CONTEXT)._asdict()
+        plan = lower(program, target) if kernels else None  # type: ignore[arg-type]  # checked above
+        text = print_program(program) if graph else ""
+    if json:
+        emit({**told, **({"kernels": plan.kernels()} if plan else {}), **({"graph": text} if graph else {})})
+        return
+    if graph and not kernels:
+        print(text, end="")
+        return
+    _tell(told)
+    if plan is not None:
+        _tell_kernels(plan)
+    if graph:
+        print(text, end="")
+
+
+def _read(what: str) -> tuple[Program, str | None]:
+    """The program, and the name of the recipe that made it."""
+    from ..ir.capture import capture
+    from ..ir.shapes import derive
+    from ..runtime import artefact
+
+    if (Path(what) / artefact.MANIFEST).is_file():
+        program, manifest = artefact.load(Path(what))
+        return program, (manifest.get("recipe") or {}).get("name")
+    program = capture(what)
+    derive(program)
+    return program, None
+
+
+def _sizes(program: Program) -> dict[str, Any]:
+    by_encoding: dict[str, dict[str, int]] = {}
+    for weight in program.weights.values():
+        row = by_encoding.setdefault(str(weight.encoding), {"weights": 0, "values": 0, "bytes": 0})
+        row["weights"] += 1
+        row["values"] += math.prod(weight.shape)
+        row["bytes"] += weight.nbytes
+    cache = program.cache
+    return {
+        "name": program.name,
+        "facts": program.facts,
+        "steps": [record.name for record in program.history],
+        "parameters": sum(row["values"] for row in by_encoding.values()),
+        "weight_bytes": program.nbytes,
+        "weights": by_encoding,
+        "ops": dict(Counter(_op(node) for node in program.graph.nodes if node.op == "call_function")),
+        "cache_bits_per_value": None if cache is None else float(cache.bits_per_value(CONTEXT)),
+        "cache_bytes": None if cache is None else math.ceil(float(cache.bits(CONTEXT)) / 8),
+        "cache": None if cache is None else cache.to_dict(),
+        "decode": None if program.decode is None else program.decode.to_dict(),
+    }
+
+
+def _op(node: Any) -> str:
+    from ..ir.targets import target_name
+
+    return target_name(node.target)
+
+
+def _formulas(costs: Costs) -> dict[str, str]:
+    import sympy
+
+    whole = {
+        "flops": costs.flops,
+        "weight_bytes": costs.weight_bytes,
+        "cache_bytes": costs.cache_bytes,
+        "activation_bytes": costs.activation_bytes,
+    }
+    return {name: str(sympy.collect(sympy.expand(formula), sympy.symbols("B T S"))) for name, formula in whole.items()}
+
+
+def _tell(told: dict[str, Any]) -> None:
+    facts = told["facts"]
+    known = [
+        ("kind", "kind"),
+        ("family", "family"),
+        ("source", "source"),
+        ("context", "context"),
+        ("vocabulary", "vocabulary"),
+    ]
+    rows = [(label, str(facts[key])) for label, key in known if facts.get(key) is not None]
+    print(columns([("name", told["name"]), *rows]))
+    if told["recipe"]:
+        print(f"recipe {told['recipe']}: {', '.join(told['steps'])}")
+    print(f"\nweights: {told['parameters']:,} values in {size(told['weight_bytes'])}")
+    each = [
+        (encoding, f"{row['weights']} weights", f"{row['values']:,} values", size(row["bytes"]), _bits(row))
+        for encoding, row in told["weights"].items()
+    ]
+    print(columns([("encoding", "", "", "", ""), *each][1:], indent="  "))
+    if told["cache"] is not None:
+        bits = number(told["cache_bits_per_value"])
+        print(f"cache: {bits} bits a value, {size(told['cache_bytes'])} at {CONTEXT} tokens")
+    if told["decode"] is not None:
+        nodes = len(told["decode"]["tree"]["parents"])
+        print(f"speculation: drafter {told['decode']['drafter']}, a tree of {nodes} nodes")
+    print("\ncost of a step with B rows, T new tokens, S tokens of context")
+    print(columns(list(told["cost"].items()), indent="  "))
+    if "cost_of_a_token" in told:
+        work = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in told["cost_of_a_token"].items())
+        print(f"  one token at {CONTEXT}: {work}")
+
+
+def _bits(row: dict[str, int]) -> str:
+    return f"{8 * row['bytes'] / max(1, row['values']):.3g} bits a value"
+
+
+def _tell_kernels(plan: Plan) -> None:
+    rows = [(r["node"], r["kernel"], "fallback" if r["fallback"] else "", r["why"]) for r in plan.kernels()]
+    print("\n" + columns([("node", "kernel", "", "why"), *rows]))

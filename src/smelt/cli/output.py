@@ -1,0 +1,23 @@
+"""Whether an artefact can be written to a place: asked before the work, not after."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+
+def check_output(folder: Path) -> None:
+    """Raises SmeltError if `folder` cannot be written, or is something that must not be replaced."""
+    from ..ir.errors import SmeltError
+    from ..runtime.artefact import MANIFEST
+
+    if folder.is_file() or (folder.is_dir() and not (folder / MANIFEST).is_file() and any(folder.iterdir())):
+        raise SmeltError(f"{folder}: exists and is not a smelt artefact; choose another folder")
+    place = folder.absolute().parent
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place):
+            pass
+    except OSError as fault:
+        raise SmeltError(f"{folder}: cannot be written, {place}: {fault.strerror}; choose another folder") from fault

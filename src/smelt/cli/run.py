@@ -1,0 +1,122 @@
+"""`smelt run`: continue a prompt with an artefact, as the tokens are decided."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .show import note, size, waiting
+
+if TYPE_CHECKING:
+    from ..model import Compiled
+    from ..runtime.generate import Decoding
+    from ..runtime.text import Stream
+
+
+def run(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="An artefact.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Least probability, relative to the likeliest; 0 is off.")] = 0.0,
+    typical_p: Annotated[float, typer.Option(help="Mass of the most typical tokens; 1 is off.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what stands already.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    no_speculation: Annotated[
+        bool, typer.Option("--no-speculation", help="One token a step; the text is the same.")
+    ] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="PROMPT and what is printed are token ids: 1,2,3.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and steps to stderr.")] = False,
+) -> None:
+    """Continue PROMPT with an artefact, streaming.
+
+    \b
+    smelt run out.smelt "def fib(n):"
+    smelt run out.smelt - < prompt.txt --temperature 0.8 --top-p 0.95 --seed 7
+    smelt run out.smelt "import os" --stop "\\n\\n" --stats
+    """
+    with waiting(f"loading {out}") as line:
+        from ..model import load
+
+        compiled = load(out)
+        check_decoder(compiled)
+        asked: Any = sys.stdin.read() if prompt == "-" else prompt
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "typical_p": typical_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": tuple(stop or ()),
+            "speculate": not no_speculation,
+        }
+        line.say("reading the prompt")
+        start = time.perf_counter()
+        decoding, streams, _ = compiled._start([_ids(asked) if ids else asked], options)
+        pieces = _pieces(decoding, streams[0] if streams else None, ids)
+        first = next(pieces)
+    ready = time.perf_counter()
+    _write(first)
+    for piece in pieces:
+        _write(piece)
+    end = time.perf_counter()
+    _write("\n")
+    if stats:
+        _tell(compiled, decoding, ready - start, end - ready)
+
+
+def check_decoder(compiled: Compiled) -> None:
+    """Raises SmeltError for an artefact that cannot generate."""
+    from ..ir.errors import SmeltError
+
+    if compiled.program.cache is None:
+        raise SmeltError(
+            f"{compiled.program.name} has no cache, so it cannot generate; load it and call `run` on inputs"
+        )
+
+
+def _pieces(decoding: Decoding, stream: Stream | None, ids: bool) -> Iterator[str]:
+    """What to print, as it is decided; at least one piece, which may be empty."""
+    shown = ""
+    for _, tokens in decoding.run():
+        text = stream.push(tokens) if stream else ""
+        if stream and stream.stopped is not None:
+            decoding.stop(0)
+        if ids:
+            text, shown = shown + ",".join(map(str, tokens)), ","
+        yield text
+    yield "" if ids or stream is None else stream.finish()
+
+
+def _ids(text: str) -> list[int]:
+    from ..ir.errors import SmeltError
+
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise SmeltError("--ids: the prompt must be whole numbers such as 1,2,3") from None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _tell(compiled: Compiled, decoding: Decoding, prefill: float, decode: float) -> None:
+    row, counts, used = decoding.rows[0], decoding.counts, decoding.session.cache.nbytes().used
+    note(f"{len(row.prompt)} tokens of prompt and the first new one in {prefill:.2f} s")
+    if counts.steps:
+        rate, each = counts.tokens / decode, counts.tokens / counts.steps
+        note(f"{counts.tokens} tokens in {decode:.2f} s: {rate:.1f} a second, {each:.2f} a step; ended by {row.reason}")
+    note(f"{size(compiled.program.nbytes)} of weights, {size(used)} of cache")
