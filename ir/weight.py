@@ -86,7 +86,7 @@ class Weight:
         """A content hash over encoding, shape and bytes."""
         h = hashlib.sha256(f"{self.encoding}{self.shape}".encode())
         for name in sorted(self.parts):
-            part = self.parts[name].contiguous()
-            h.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
-            h.update(memoryview(part.view(torch.uint8).numpy().reshape(-1)) if part.numel() else b"")
+            part = self.parts[name].reshape(-1)
+            h.update(f"{name}{part.dtype}{tuple(self.parts[name].shape)}".encode())
+            h.update(memoryview(part.view(torch.uint8).numpy()) if part.numel() else b"")
         return h.hexdigest()

@@ -103,7 +103,7 @@ class Affine(Encoding):
         if not self.zero:
             codes -= 2 ** (self.width - 1)
         groups, dim = self._grouped(codes)
-        groups = groups * parts["scale"].float().unsqueeze(dim)
+        groups *= parts["scale"].float().unsqueeze(dim)
         if self.zero:
             groups += parts["zero"].float().unsqueeze(dim)
         return groups.reshape(shape).to(dtype)

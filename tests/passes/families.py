@@ -113,6 +113,8 @@ class Sketch:
         return self.graph.call_function(getattr(op, "target", op), args, kwargs)
 
     def program(self, **outputs: fx.Node) -> Program:
-        """The finished Program."""
+        """The finished Program, without what no output needs."""
         self.graph.output(outputs)
-        return Program("sketch", self.graph, self.weights, self.facts)
+        made = Program("sketch", self.graph, self.weights, self.facts)
+        made.prune()
+        return made

@@ -48,13 +48,13 @@ def test_another_cache_plan_is_another_computation(cached):
     assert not same_computation(cached, after)
 
 
-@pytest.mark.parametrize("mutant", ["swap", "number", "type", "skip"])
+@pytest.mark.parametrize("mutant", ["weight", "number", "type", "skip"])
 def test_a_changed_call_is_another_computation(llama, mutant):
     after = llama.fork()
     norm = next(after.calls(RMS_NORM))
     first, second = list(after.calls(LINEAR))[:2]
-    if mutant == "swap":
-        first.args, second.args = (first.args[0], second.args[1]), (second.args[0], first.args[1])
+    if mutant == "weight":
+        second.args = (second.args[0], first.args[1])
     elif mutant == "number":
         norm.args = (*norm.args[:2], 1e-5, *norm.args[3:])
     elif mutant == "type":
