@@ -17,9 +17,9 @@ SOURCE = (
 static inline f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
   return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
 }
-static inline f32x16 within(f32x16 x, float low, float high) {
-  x = choose(x > low, x, splat(low));
-  return choose(x < high, x, splat(high));
+static inline f32x16 within(f32x16 x, float low, float high) {  // NaN stays
+  x = choose(x < low, splat(low), x);
+  return choose(x > high, splat(high), x);
 }
 static inline f32x16 read(const float* x, int64_t count) {  // zeros behind the end
   if (count >= 16) return load<f32x16>(x);
@@ -29,23 +29,26 @@ static inline f32x16 read(const float* x, int64_t count) {  // zeros behind the 
 }
 static inline void write(float* y, f32x16 v, int64_t count) { memcpy(y, &v, (count < 16 ? count : 16) * sizeof(float)); }
 
-// e^x to 2 ulp for |x| <= 87, and e^-87 or e^87 beyond
+template <class... C> static inline f32x16 polynomial(f32x16 x, C... c) {  // highest power first
+  f32x16 p = {};
+  ((p = fma(p, x, splat(c))), ...);
+  return p;
+}
+// e^x to 2 ulp for |x| <= 87, and e^-87 or e^87 beyond; NaN stays
 static inline f32x16 exponential(f32x16 x) {
   x = within(x, -87.0f, 87.0f);
   const f32x16 shifted = fma(x, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: rounds into the low bits
   const f32x16 whole = shifted - 12582912.0f;
   const f32x16 f = fma(whole, splat(-1.42860677e-6f), fma(whole, splat(-0.693145752f), x));
-  f32x16 p = splat(1.0f / 5040);
-  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, f, splat(c));
-  return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+  const f32x16 p = polynomial(f, 1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f);
+  return choose(x == x, (f32x16)((i32x16)p + ((i32x16)shifted << 23)), x);
 }
-static inline f32x16 relu(f32x16 x) { return choose(x < 0.0f, f32x16{}, x); }  // NaN stays
+static inline f32x16 relu(f32x16 x) { return choose(x < 0.0f, f32x16{}, x); }
 static inline f32x16 sigmoid(f32x16 x) { return 1.0f / (exponential(-x) + 1.0f); }
 static inline f32x16 silu(f32x16 x) { return x / (exponential(-x) + 1.0f); }
 static inline f32x16 tanh(f32x16 x) {  // a series where e^2x - 1 would cancel
   const f32x16 e = exponential(x * 2.0f), q = x * x;
-  f32x16 s = splat(62.0f / 2835);
-  for (float c : {-17.0f / 315, 2.0f / 15, -1.0f / 3}) s = fma(s, q, splat(c));
+  const f32x16 s = polynomial(q, 62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3);
   return choose(q < 0.09f, fma(x * q, s, x), (e - 1.0f) / (e + 1.0f));
 }
 static inline f32x16 gelu_tanh(f32x16 x) {
@@ -54,10 +57,9 @@ static inline f32x16 gelu_tanh(f32x16 x) {
 }
 static inline f32x16 gelu(f32x16 x) {  // erf by Abramowitz and Stegun 7.1.26, to 2e-7
   const f32x16 z = choose(x < 0.0f, -x, x) * 0.70710678118654752f, t = 1.0f / fma(z, splat(0.3275911f), splat(1.0f));
-  f32x16 p = splat(1.061405429f);
-  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = fma(p, t, splat(c));
-  const f32x16 rest = p * t * exponential(z * -z) * 0.5f;  // what lies beyond |x| on one side
-  return x * choose(x < 0.0f, rest, 1.0f - rest);
+  const f32x16 p = polynomial(t, 1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f, 0.0f) *
+                   exponential(z * -z);  // 1 - erf
+  return x * choose(x < 0.0f, p * 0.5f, fma(p, splat(-0.5f), splat(1.0f)));
 }
 
 static inline float squares(const float* x, int64_t k, float mean) {

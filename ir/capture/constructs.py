@@ -41,6 +41,8 @@ def _constructs(model: nn.Module, config: Any) -> Iterator[str]:
         yield "an ALiBi attention bias"
     for kind in dict.fromkeys(type(module).__name__ for module in model.modules()):
         yield from (what for word, what in _LAYERS.items() if word in kind)
+    if any(name.endswith("A_log") for name, _ in model.named_parameters()):
+        yield "state-space layers"
     text: Any = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
     for one in (rope, *(v for v in rope.values() if isinstance(v, dict))):

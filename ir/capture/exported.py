@@ -38,6 +38,9 @@ def _reason(fault: Exception) -> str:
             "it branches on values that are known only when it runs, and a graph takes one way; "
             "express the choice as torch.where"
         )
+    if "Constraints violated" in str(fault):
+        because = next((line for line in str(fault).splitlines() if line.strip().startswith("- ")), "")
+        return f"its graph would hold for some lengths or batch sizes only {because.strip()[:300]}".strip()
     return f"torch.export stops at: {first_line(fault)}"
 
 

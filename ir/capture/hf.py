@@ -16,6 +16,7 @@ from torch import nn
 from torch.export import Dim
 
 from ..errors import SmeltError
+from ..ops import ATTENTION, arguments
 from ..program import Program
 from ..raising import raise_program
 from ..weight import Weight
@@ -47,6 +48,11 @@ def capture_hf(source: str | Path | nn.Module) -> Program:
         program = to_program(_export(model, decoder, name), name, inputs, outputs, weight, tied_names(model))
         program.facts = _facts(config, decoder, folder)
         raise_program(program)
+        if decoder and not all(arguments(node)["causal"] for node in program.calls(ATTENTION)):
+            raise SmeltError(
+                f"{name}: its attention looks both ways (is_decoder is false), so it cannot generate; "
+                "load it without its language-model head, as an encoder"
+            )
         check_against_source(program, model, weights, decoder)
     return program
 

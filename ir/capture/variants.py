@@ -35,8 +35,9 @@ def require_own_tokens(name: str, answers: Mapping[str, torch.Tensor]) -> None:
     error = relative_error(answers["logits.alone"][0], answers["logits.one"][:, 0])
     if not error <= TOLERANCE:
         raise SmeltError(
-            f"{name}: tokens depend on each other outside causal attention (relative error {error:.1e}), as in "
-            "recurrent, convolutional or state-space layers; generating with a cache would give wrong tokens"
+            f"{name}: tokens depend on each other outside causal attention (relative error {error:.1e}), as with recurrent "
+            "or convolutional layers, or positions that are counted instead of taken from the input; generating with a "
+            "cache would give wrong tokens"
         )
 
 
