@@ -12,10 +12,8 @@ import torch
 from ..ir.cache import Cache, Site
 from ..ir.weight import Weight
 from . import attention, gemv
-from .plan import Out, Run
+from .plan import BULK, Out, Run
 from .rows import RowKernel
-
-MANY = 128  # rows from which decoding a weight once and a library product beat the GEMV on stored 16-bit floats
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class DecodedLinear:
         weight = self.few.weight
         n, k = weight.shape
         x, y = args["x"].view(-1, k), out.view(-1, n)
-        if x.shape[0] < MANY:
+        if x.shape[0] < BULK:
             return self.few.bind(args, out)
 
         def run() -> None:
@@ -161,15 +159,7 @@ class AtenOut:
         return str(self.overload._schema)
 
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
-        """Strided arguments of pointwise ops.
-
-        ATen computes tanh and its like by vectors where memory is contiguous, by scalars (with other last bits) where
-        not. The half of a tensor is contiguous for one token and strided for several, which must agree.
-        """
-        if torch.Tag.pointwise not in self.overload.tags:
-            return ()
-        tensors = {name: value for name, value in args.items() if isinstance(value, torch.Tensor)}
-        return tuple(name for name, value in tensors.items() if not value.is_contiguous())
+        return ()
 
     def bind(self, args: Mapping[str, Any], out: Out) -> Run:
         outs = out if isinstance(out, tuple) else (out,)

@@ -15,11 +15,13 @@ from ..ir.ops import CACHED_ATTENTION, EMBEDDING, HEAD, LINEAR, OPS, arguments
 from ..ir.program import Program
 from ..ir.weight import Weight
 from . import attention, gemv
-from .kernels import AttentionKernel, CacheReference, LinearKernel, Reference, RowOp, out_variant
+from .gather import gather_kernel
+from .kernels import AttentionKernel, CacheReference, DecodedLinear, LinearKernel, Reference, RowOp, out_variant
 from .plan import Choice, Plan, Target
 from .rows import row_kernel
 
 _TAKES_ENCODED = {"linear": ("weight",), "head": ("weight",), "embedding": ("weight",), "experts": ("gate_up", "down")}
+_INTEGERS = ("ids", "positions")  # arguments of kernels that are int64; all others are float32
 
 
 def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Plan:
@@ -27,6 +29,8 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
 
     `fallback=False` refuses a Program with an encoded weight or a cache site that the target has no kernel for.
     """
+    if target not in ("cpp", "torch"):
+        raise SmeltError(f"unknown target '{target}'; known: cpp, torch")
     choices: dict[str, Choice] = {}
     encoded: dict[str, tuple[str, ...]] = {}
     for node in program.graph.nodes:
@@ -36,12 +40,17 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
             if node.target in OPS:
                 encoded[node.name] = _TAKES_ENCODED.get(OPS[node.target].name, ())
     refused = [f"{name}: {c.why}" for name, c in choices.items() if c.fallback]
-    if refused and not fallback and target != "torch":
+    if refused and not fallback:
         raise SmeltError(
-            f"target {target} has no fast kernel for {len(refused)} nodes, first {refused[0]}; "
+            f"target {target} has no fast kernel for {len(refused)} nodes of {program.name}, first {refused[0]}; "
             "choose another encoding, or allow fallback=True to run them as torch ops"
         )
     return Plan(program, target, choices, encoded)
+
+
+def is_view(overload: Any) -> bool:
+    """Whether the result may share storage with an argument."""
+    return any(r.alias_info is not None for r in overload._schema.returns)
 
 
 def _choose(program: Program, node: fx.Node, target: Target) -> Choice | None:
@@ -55,10 +64,19 @@ def _choose(program: Program, node: fx.Node, target: Target) -> Choice | None:
         return None
     if node.target._schema.name == "aten::sym_size":
         return None
-    variant = out_variant(node.target)
+    return _library(node, target)
+
+
+def _library(node: fx.Node, target: Target) -> Choice:
+    """The choice of an ATen op."""
+    overload: Any = node.target
+    kernel = row_kernel(overload)
+    if target == "cpp" and not isinstance(kernel, str) and _strange(node) is None:
+        return Choice(RowOp(kernel), "row-wise template: the same bits in every row")
+    variant = out_variant(overload)
     if variant is not None:
         return Choice(variant, "library op with a planned output")
-    return Choice(Reference(node.target, str(node.target)), "the library op has no out-variant")
+    return Choice(Reference(overload, str(overload)), "the library op has no out-variant")
 
 
 def _dialect(program: Program, node: fx.Node, target: Target) -> Choice:
@@ -69,26 +87,35 @@ def _dialect(program: Program, node: fx.Node, target: Target) -> Choice:
     args = arguments(node)
     weight = _weight(program, args.get("weight"))
     if op in (LINEAR, HEAD):
-        if weight is None:
-            return Choice(reference, "the matrix is computed, not stored")
-        reason = gemv.covers(weight.encoding, weight.shape)
-        if reason is None:
-            return Choice(LinearKernel(weight), f"{weight.encoding} of {list(weight.shape)}")
-        return Choice(reference, f"gemv: {reason}", fallback=True)
-    kernel = row_kernel(op, weight if op is EMBEDDING else None)
-    if isinstance(kernel, str):
-        return Choice(reference, kernel, fallback=_is_encoded(program, args))
-    return Choice(RowOp(op, kernel), "row-wise template")
+        return _linear(node, weight, reference)
+    if op is EMBEDDING:
+        kernel = gather_kernel(weight) if weight is not None else "the table is computed, not stored"
+    else:
+        kernel = row_kernel(op.target)
+    reason = kernel if isinstance(kernel, str) else _strange(node)
+    if isinstance(kernel, str) or reason is not None:
+        return Choice(reference, f"{op.name}: {reason}", fallback=_is_encoded(program, args))
+    return Choice(RowOp(kernel), "row-wise template")
+
+
+def _linear(node: fx.Node, weight: Weight | None, reference: Reference) -> Choice:
+    if weight is None:
+        return Choice(reference, "the matrix is computed, not stored")
+    reason = gemv.covers(weight.encoding, weight.shape) or _strange(node)
+    if reason is not None:
+        return Choice(reference, f"gemv of {weight.encoding}: {reason}", fallback=True)
+    kernel = LinearKernel(weight)
+    return Choice(kernel, f"{weight.encoding} of {list(weight.shape)}", bulk=DecodedLinear(kernel))
 
 
 def _attention(program: Program, node: fx.Node, target: Target) -> Choice:
-    if target == "torch":
-        return Choice(CacheReference(), "target torch runs the reference")
     if program.cache is None:
         raise SmeltError(f"{node.name} reads a cache, but {program.name} has no cache plan")
+    if target == "torch":
+        return Choice(CacheReference(), "target torch runs the reference")
     layer = int(arguments(node)["layer"])
     site = replace(program.cache[layer], layer=0)
-    reason = attention.covers(site)
+    reason = attention.covers(site) or _strange(node)
     if reason is not None:
         return Choice(CacheReference(), f"attention of layer {layer}: {reason}", fallback=True)
     return Choice(_shared(site), "attention over segments")
@@ -109,8 +136,11 @@ def _is_encoded(program: Program, args: dict[str, Any]) -> bool:
     return any(w is not None and w.encoding.name != "dense" for w in found)
 
 
-def is_view(overload: Any) -> bool:
-    """Whether the result may share storage with an argument."""
-    return any(r.alias_info is not None for r in overload._schema.returns)
-
-
+def _strange(node: fx.Node) -> str | None:
+    """Why the tensors of a node do not fit a kernel of ours, or None; types that were not derived are taken to fit."""
+    for name, value in arguments(node).items():
+        dtype = value.meta.get("dtype") if isinstance(value, fx.Node) else None
+        wanted = torch.int64 if name in _INTEGERS else torch.float32
+        if isinstance(dtype, torch.dtype) and dtype is not wanted:
+            return f"'{name}' is {str(dtype).removeprefix('torch.')}, kernels take {str(wanted).removeprefix('torch.')}"
+    return None

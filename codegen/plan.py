@@ -14,6 +14,7 @@ from ..ir.program import Program
 Target = Literal["cpp", "torch"]
 Out: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 Run: TypeAlias = Callable[[], Any]
+BULK = 128  # rows from which decoding a weight once and a library product beat a GEMV that decodes it for every four
 
 
 class Kernel(Protocol):

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -92,7 +93,7 @@ def row_stride(x: torch.Tensor) -> int:
         return -1
     # a dim of one says nothing: torch may give it any stride
     dims = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    even = all(outer == size * step for (_, outer), (size, step) in zip(dims, dims[1:], strict=False))
+    even = all(outer == size * step for (_, outer), (size, step) in pairwise(dims))
     return (dims[-1][1] if dims else x.shape[-1]) if even else -1
 
 

@@ -27,7 +27,10 @@ static inline f32x16 read(const float* x, int64_t count) {  // zeros behind the 
   memcpy(&v, x, count * sizeof(float));
   return v;
 }
-static inline void write(float* y, f32x16 v, int64_t count) { memcpy(y, &v, (count < 16 ? count : 16) * sizeof(float)); }
+static inline void write(float* y, f32x16 v, int64_t count) {
+  if (count >= 16) store(y, v);
+  else memcpy(y, &v, count * sizeof(float));
+}
 
 template <class... C> static inline f32x16 polynomial(f32x16 x, C... c) {  // highest power first
   f32x16 p = {};

@@ -34,7 +34,8 @@ class Temper(Pass):
 
 
 # a file passes/<family>/<verb>.py would be found by itself; here the class is handed to the loader
-recipe = {"name": "temper", "family": "deploy", "does": "Scales logits.", "steps": [{"logits.temper": {"factor": 0.25}}]}
+step = {"logits.temper": {"factor": 0.25}}
+recipe = {"name": "temper", "family": "deploy", "does": "Scales logits.", "steps": [step]}
 steps = load(recipe, {"logits.temper": Temper}).steps
 source = smelt.compile(smelt.reference_model(), "none").program
 result = run(source, steps)

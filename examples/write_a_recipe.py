@@ -17,11 +17,12 @@ steps:
   - cache.encode:
       keys:   {affine: {bits: 4, axis: channel, group: 32, zero: true}}
       values: {affine: {bits: 4, axis: token, group: 32, zero: true}}
-    gate: {max_kl: 1.0, otherwise: stop}
+      gate: {max_kl: 1.0, otherwise: stop}
 """
 
 path = Path(tempfile.mkdtemp()) / "short-window.yaml"
-path.write_text(RECIPE.replace("    gate:", "      gate:"))
-lm = smelt.compile(smelt.reference_model(), path, overrides=["cache.select.keep=0.25", "cache.encode.keys.affine.group=16"])
+path.write_text(RECIPE)
+overrides = ["cache.select.keep=0.25", "cache.encode.keys.affine.group=16"]
+lm = smelt.compile(smelt.reference_model(), path, overrides=overrides)
 print(lm.report)
 print(lm.generate("import os\n", max_new_tokens=32))

@@ -1,4 +1,4 @@
-"""The interpreter: runs a Program node by node in plain PyTorch. Slow, obviously right, and the oracle for everything."""
+"""The interpreter: runs a Program node by node in plain PyTorch. Slow, obviously right, the oracle for everything."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any, cache: AttendingCache | None) -
     if node.target is CACHED_ATTENTION.target and cache is not None:
         a = dict(zip(CACHED_ATTENTION.arguments, args, strict=False)) | kwargs
         cache.append(a["layer"], a["key"], a["value"])
-        return cache.attend(
-            a["layer"], a["query"], a["scale"], a.get("window"), a.get("softcap"), a.get("sinks")
-        )
+        return cache.attend(a["layer"], a["query"], a["scale"], a.get("window"), a.get("softcap"), a.get("sinks"))
     if node.target in OPS:
         return OPS[node.target].reference(*args, **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]  # an ATen overload or a Python operator
@@ -96,5 +94,3 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         if node not in seen and node.op not in ("output", "placeholder"):
             dying.setdefault(node, []).append(node)
     return dying
-
-

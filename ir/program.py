@@ -1,4 +1,4 @@
-"""The Program: what is being compiled. A graph over the dialect, its weights, its cache and decode plans, its history."""
+"""The Program: what is being compiled. A graph over the dialect, its weights, its plans for cache and decoding."""
 
 from __future__ import annotations
 
@@ -55,7 +55,14 @@ class Program:
         graph.output(out)
         for old, new in copied.items():
             new.name, new.meta = old.name, copy.copy(old.meta)
-        return replace(self, graph=graph, weights=dict(self.weights), facts=dict(self.facts), origin=dict(self.origin), touched=set())
+        return replace(
+            self,
+            graph=graph,
+            weights=dict(self.weights),
+            facts=dict(self.facts),
+            origin=dict(self.origin),
+            touched=set(),
+        )
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -69,7 +76,8 @@ class Program:
 
     @property
     def _output(self) -> fx.Node:
-        return next(iter(reversed(self.graph.nodes)))
+        last: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return last
 
     def set_output(self, name: str, node: fx.Node) -> None:
         """Add or replace a named result."""
@@ -77,7 +85,8 @@ class Program:
 
     def uses(self, weight: str) -> list[fx.Node]:
         """The nodes that read a weight."""
-        return [user for node in self.graph.nodes if node.op == "get_attr" and node.target == weight for user in node.users]
+        reads = (n for n in self.graph.nodes if n.op == "get_attr" and n.target == weight)
+        return [user for node in reads for user in node.users]
 
     def weight_node(self, name: str, weight: Weight | None = None) -> fx.Node:
         """A node that reads weight `name`, made at the current insert point; `weight` adds or replaces its value."""

@@ -88,5 +88,5 @@ class Weight:
         for name in sorted(self.parts):
             part = self.parts[name].reshape(-1)
             h.update(f"{name}{part.dtype}{tuple(self.parts[name].shape)}".encode())
-            h.update(memoryview(part.view(torch.uint8).numpy()) if part.numel() else b"")
+            h.update(part.view(torch.uint8).numpy().data if part.numel() else b"")
         return h.hexdigest()

@@ -1,13 +1,14 @@
 """The artefact: a folder with a program as text, its weights as safetensors, a tokenizer and a manifest of hashes.
 
-Nothing in it is executed or unpickled: the program is parsed against a fixed table of ops, weights are mapped. Every byte
-is under a hash. A folder appears whole or not at all: it is written beside its place and moved there.
+Nothing in it is executed or unpickled: the program is parsed against a fixed table of ops, weights are mapped. Every
+byte is under a hash. A folder appears whole or not at all: it is written beside its place and moved there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -32,100 +33,146 @@ MANIFEST, SEAL, PROGRAM, WEIGHTS = "manifest.json", "manifest.sha256", "program.
 def save(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
     """Write `folder`; `assets` are further files (the tokenizer's), `facts` go into the manifest as they are.
 
-    An existing artefact is replaced; anything else that stands there is left alone and refused.
+    An artefact that stands there is replaced, and stays as it was if anything fails. Raises SmeltError where something
+    else stands there, or the file system refuses.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SmeltError(f"{folder}: exists and is not a smelt artefact; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(draft, program, assets, facts)
-        _replace(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-
-
-def _write(draft: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
-    save_file({f"{n}/{p}": t.contiguous() for n, w in program.weights.items() for p, t in w.parts.items()}, draft / WEIGHTS)
-    (draft / PROGRAM).write_text(print_program(program))
-    for name, content in assets.items():
-        (draft / name).write_bytes(content)
-    weights = {n: {"shape": list(w.shape), "encoding": w.encoding.spec(), "parts": sorted(w.parts)} for n, w in program.weights.items()}
-    manifest = {
-        "format": FORMAT,
-        **facts,
-        "weights": weights,
-        "files": {p.name: _sha256(p) for p in sorted(draft.iterdir())},
-    }
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    (draft / SEAL).write_text(_sha256(draft / MANIFEST) + "\n")
-    for path in draft.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    draft.chmod(0o755)
-
-
-def _replace(draft: Path, folder: Path) -> None:
-    if not folder.exists():
-        draft.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / "artefact"
-    folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old.parent, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # a neighbour, because only within one file system a folder moves at once
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            draft = work / "new"
+            draft.mkdir()
+            _write(draft, program, assets, facts)
+            _replace(folder, draft, work / "old")
+        finally:
+            if folder.exists() or not (work / "old").exists():  # else what was replaced could not be put back
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as fault:
+        raise SmeltError(f"{folder}: cannot be written ({fault.strerror or fault})") from fault
 
 
 def load(folder: Path) -> tuple[Program, dict[str, Any]]:
-    """The program, its weights mapped from the folder, and the manifest. Every file is checked against its hash."""
+    """The program, its weights mapped from the folder, and the manifest. Every file is checked against its hash.
+
+    Raises SmeltError naming the file that is missing, altered, of another format, or not listed.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, digest in manifest["files"].items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name:
+            raise SmeltError(f"{folder / MANIFEST}: lists the file '{name}', which lies outside of the artefact")
+        if not path.is_file():
             raise SmeltError(f"{path}: the artefact is incomplete, this file is missing; compile or copy it again")
         if _sha256(path) != digest:
             raise SmeltError(f"{path}: content does not match its hash in {MANIFEST}; the file was altered or damaged")
-    weights = _weights(folder, manifest)
-    return parse_program((folder / PROGRAM).read_text(), weights), manifest
+    for path in sorted(folder.glob("*.json")):  # a tokenizer would read it
+        if path.name not in {MANIFEST, *manifest["files"]}:
+            raise SmeltError(f"{path}: not a file of the artefact, which is sealed; remove it")
+    try:
+        weights = _weights(folder, manifest["weights"])
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise SmeltError(f"{folder / MANIFEST}: its table of weights cannot be read ({fault!r})") from fault
+    return parse_program((folder / PROGRAM).read_text(encoding="utf-8"), weights), manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, its own hash and format checked."""
+    """The manifest; its own hash and its format are checked, those of the files are not."""
     path = folder / MANIFEST
-    if not folder.is_dir() or not path.is_file() or not (folder / SEAL).is_file():
+    if not path.is_file() or not (folder / SEAL).is_file():
         raise SmeltError(f"{folder}: not a smelt artefact (no {MANIFEST} and {SEAL}), or one that was half copied")
-    if _sha256(path) != (folder / SEAL).read_text(errors="replace").strip():
+    if _sha256(path) != (folder / SEAL).read_text(errors="replace").removesuffix("\n"):
         raise SmeltError(f"{path}: content does not match {SEAL}; the file was altered or damaged")
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    if manifest.get("format") != FORMAT:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise SmeltError(f"{path}: not JSON ({fault})") from fault
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
         raise SmeltError(
-            f"{path}: artefact format {manifest.get('format')}, this smelt reads format {FORMAT}; "
+            f"{path}: artefact format {found}, this smelt reads format {FORMAT}; "
             "update smelt, or compile the artefact again with this version"
         )
+    tables = [manifest.get(key) for key in ("files", "weights")]
+    if not all(isinstance(table, dict) for table in tables) or not {PROGRAM, WEIGHTS} <= manifest["files"].keys():
+        raise SmeltError(f"{path}: does not list {PROGRAM} and {WEIGHTS}; compile the artefact again")
     return manifest
-
-
-def _weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Weight]:
-    path = folder / WEIGHTS
-    stored = read_header(path)
-    weights = {}
-    for name, entry in manifest["weights"].items():
-        keys = {part: (path, f"{name}/{part}") for part in entry["parts"]}
-        missing = [key for _, key in keys.values() if key not in stored]
-        if missing:
-            raise SmeltError(f"{path}: has no tensor '{missing[0]}'")
-        weights[name] = Weight(tuple(entry["shape"]), parse_encoding(entry["encoding"]), Mapped(keys))
-    return weights
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """A content hash of a tensor, such as the calibration tokens."""
     flat = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
     return hashlib.sha256(memoryview(flat)).hexdigest()
+
+
+def _write(draft: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+    save_file(_tensors(program), draft / WEIGHTS)
+    (draft / PROGRAM).write_text(print_program(program), encoding="utf-8")
+    for name, content in assets.items():
+        (draft / name).write_bytes(content)
+    weights = {
+        name: {"shape": list(w.shape), "encoding": w.encoding.spec(), "parts": sorted(w.parts)}
+        for name, w in program.weights.items()
+    }
+    files = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+    manifest = {**facts, "format": FORMAT, "weights": weights, "files": files}
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    (draft / SEAL).write_text(_sha256(draft / MANIFEST) + "\n")
+    for path in draft.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _tensors(program: Program) -> dict[str, torch.Tensor]:
+    """The parts of all weights by `weight/part`, each in memory of its own, as safetensors wants them."""
+    out: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for name, weight in program.weights.items():
+        for part, value in weight.parts.items():
+            tensor = value.detach().contiguous()
+            at = tensor.untyped_storage().data_ptr()
+            out[f"{name}/{part}"] = tensor.clone() if at in taken else tensor
+            taken.add(at)
+    return out
+
+
+def _replace(folder: Path, draft: Path, old: Path) -> None:
+    """Move the draft to its place; what stood there goes to `old`, and comes back if that fails."""
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        draft.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+
+
+def _weights(folder: Path, table: Mapping[str, Any]) -> dict[str, Weight]:
+    """The weights that the manifest lists, mapped; each must have the bits of its shape and encoding."""
+    path = folder / WEIGHTS
+    stored = read_header(path)
+    weights = {}
+    for name, entry in table.items():
+        keys = {part: (path, f"{name}/{part}") for part in entry["parts"]}
+        if missing := [key for _, key in keys.values() if key not in stored]:
+            raise SmeltError(f"{path}: has no tensor '{missing[0]}'")
+        weight = Weight(tuple(map(int, entry["shape"])), parse_encoding(entry["encoding"]), Mapped(keys))
+        held = [stored[key] for _, key in keys.values()]
+        bits = 8 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in held)
+        if bits != weight.bits:
+            raise SmeltError(
+                f"{path}: '{name}' has {bits} bits, {weight.encoding} of shape {list(weight.shape)} {weight.bits}"
+            )
+        weights[name] = weight
+    return weights
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,10 +13,15 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..codegen.plan import Attention, Plan
+from ..codegen.plan import Attention, Kernel, Plan
 from ..ir.cache import Cache
 from ..ir.errors import SmeltError
 from ..ir.ops import CACHED_ATTENTION, arguments
+from ..ir.weight import Weight
+
+ALIGN = 64  # bytes; a cache line, and the widest vector
+SLACK = 4  # a freed block serves requests down to a quarter of its size
+
 
 class Pool:
     """Storage by size: freed blocks are handed out again, smallest fit first."""
@@ -26,16 +31,16 @@ class Pool:
         self.allocated = 0
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
-        """A contiguous buffer with the shape and dtype of `like` (a meta tensor)."""
-        need = max(1, like.numel()) * like.element_size()
-        fits = [b for b in self.free if need <= b.numel() <= 4 * need]
+        """A contiguous buffer with the shape and dtype of `like` (a meta tensor); its content is whatever was there."""
+        nbytes = like.numel() * like.element_size()
+        fits = [block for block in self.free if nbytes <= block.numel() <= SLACK * max(nbytes, ALIGN)]
         if fits:
             block = min(fits, key=torch.numel)
             self.free = [b for b in self.free if b is not block]
         else:
-            block = torch.empty(-(-need // 64) * 64, dtype=torch.uint8)
+            block = torch.empty(max(1, -(-nbytes // ALIGN)) * ALIGN, dtype=torch.uint8)
             self.allocated += block.numel()
-        return block[: like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+        return block[:nbytes].view(like.dtype).view(like.shape)
 
     def give(self, storage: torch.UntypedStorage) -> None:
         """Return a block."""
@@ -51,16 +56,20 @@ class Bound:
         inputs: Mapping[str, torch.Tensor],
         cache: Cache | None,
         decoded: dict[str, torch.Tensor],
+        bulk: bool = False,
     ) -> None:
-        """`inputs`: buffers that hold the inputs. `decoded`: small tables shared between bindings."""
-        self.plan, self.inputs, self.cache = plan, dict(inputs), cache
+        """`inputs`: buffers that hold the inputs. `decoded`: small tables, shared between bindings of one plan.
+
+        `bulk`: take kernels for many rows where a node has one; see `Choice`.
+        """
+        self.plan, self.inputs, self.cache, self.bulk = plan, dict(inputs), cache, bulk
         self.calls: list[Callable[[], Any]] = []
         self.outputs: dict[str, torch.Tensor] = {}
         self._decoded = decoded
         self._pool = Pool()
         self._values: dict[fx.Node, Any] = {}
-        self._readers: dict[fx.Node, int] = {n: len(n.users) for n in plan.program.graph.nodes}
-        self._holders: dict[int, int] = {}
+        self._unread = {node: len(node.users) for node in plan.program.graph.nodes}
+        self._holders: dict[int, int] = {}  # nodes whose value lies in the block at an address
         for node in plan.program.graph.nodes:
             self._bind(node)
         self._values.clear()
@@ -81,42 +90,32 @@ class Bound:
         elif node.op == "get_attr":
             self._values[node] = None  # a kernel takes the weight itself; others ask _table
         elif node.op == "output":
-            self.outputs = {name: self._values[n] for name, n in node.args[0].items()}  # type: ignore[union-attr]
-            return
-        elif node.target is CACHED_ATTENTION.target:
-            self._values[node] = self._attention(node)
-        elif node.name in self.plan.choices:
-            self._values[node] = self._kernel(node)
+            named = cast("dict[str, fx.Node]", node.args[0])
+            self.outputs = {name: self._of_node(value) for name, value in named.items()}
         else:
-            self._values[node] = self._host(node)
-        for storage in _storages(self._values[node]):
-            self._holders[storage.data_ptr()] = self._holders.get(storage.data_ptr(), 0) + 1
-        self._release(node)
+            self._values[node] = self._computed(node)
+            for at in _addresses(self._values[node]):
+                self._holders[at] = self._holders.get(at, 0) + 1
+            self._release(node)
+
+    def _computed(self, node: fx.Node) -> Any:
+        if node.target is CACHED_ATTENTION.target:
+            return self._attention(node)
+        return self._kernel(node) if node.name in self.plan.choices else self._host(node)
 
     def _release(self, node: fx.Node) -> None:
-        """Give back what this node read last."""
-        if node.op in ("placeholder", "get_attr"):
-            return
-        dead = [n for n in node.all_input_nodes if self._read(n)]
-        for used in (*dead, *(() if node.users else (node,))):
-            if used.op in ("placeholder", "get_attr"):
-                continue
-            for storage in _storages(self._values[used]):
-                at = storage.data_ptr()
+        """Give back what this node was the last to read, and its own result if nobody reads it."""
+        dead = [] if node.users else [node]
+        for used in node.all_input_nodes:
+            self._unread[used] -= 1
+            if not self._unread[used] and used.op == "call_function":
+                dead.append(used)
+        fixed = {t.untyped_storage().data_ptr() for t in (*self.inputs.values(), *self._decoded.values())}
+        for gone in dead:
+            for at, storage in _addresses(self._values[gone]).items():
                 self._holders[at] -= 1
-                if not self._holders[at] and not self._is_input(storage):
+                if not self._holders[at] and at not in fixed:
                     self._pool.give(storage)
-
-    def _read(self, node: fx.Node) -> bool:
-        self._readers[node] -= 1
-        return self._readers[node] == 0
-
-    def _is_input(self, storage: torch.UntypedStorage) -> bool:
-        fixed = (*self.inputs.values(), *self._decoded.values())
-        return any(t.untyped_storage().data_ptr() == storage.data_ptr() for t in fixed)
-
-    def _value(self, argument: Any) -> Any:
-        return fx.node.map_arg(argument, self._of_node)
 
     def _of_node(self, node: fx.Node) -> Any:
         return self._table(str(node.target)) if node.op == "get_attr" else self._values[node]
@@ -129,47 +128,59 @@ class Bound:
 
     def _kernel(self, node: fx.Node) -> Any:
         choice = self.plan.choices[node.name]
-        encoded = self.plan.encoded.get(node.name, ())
-        args: dict[str, Any] = {}
-        for name, argument in arguments(node).items():
-            stored = name in encoded and isinstance(argument, fx.Node) and argument.op == "get_attr"
-            args[name] = self.plan.program.weights[str(argument.target)] if stored else self._value(argument)  # type: ignore[union-attr]
-        spare = self._copies(choice.kernel.contiguous(args), args)
+        kernel = choice.bulk if self.bulk and choice.bulk is not None else choice.kernel
+        args = self._arguments(node)
+        spare = self._copies(kernel, args)
         meta = _on_meta(node.target, args)
         out = self._pool.take(meta) if isinstance(meta, torch.Tensor) else tuple(self._pool.take(m) for m in meta)
-        self.calls.append(choice.kernel.bind(args, out))
-        for block in spare:
-            self._pool.give(block.untyped_storage())
+        self.calls.append(kernel.bind(args, out))
+        self._return(spare)
         return out
 
-    def _copies(self, names: tuple[str, ...], args: dict[str, Any]) -> list[torch.Tensor]:
-        """Replace arguments by contiguous copies that are refreshed on every step."""
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        """Values by argument name; weights that the kernel takes as they are stored stay so."""
+        stored = self.plan.encoded.get(node.name, ())
+        args: dict[str, Any] = {}
+        for name, argument in arguments(node).items():
+            if name in stored and isinstance(argument, fx.Node) and argument.op == "get_attr":
+                args[name] = self.plan.program.weights[str(argument.target)]
+            else:
+                args[name] = fx.node.map_arg(argument, self._of_node)
+        return args
+
+    def _copies(self, kernel: Kernel, args: dict[str, Any]) -> list[torch.Tensor]:
+        """Replace arguments that the kernel does not take as they lie by copies, refreshed on every step."""
         spare = []
-        for name in names:
+        for name in kernel.contiguous(args):
             copy = self._pool.take(args[name].to("meta"))
             self.calls.append(partial(copy.copy_, args[name]))
             args[name] = copy
             spare.append(copy)
         return spare
 
+    def _return(self, spare: list[torch.Tensor]) -> None:
+        for block in spare:
+            self._pool.give(block.untyped_storage())
+
     def _attention(self, node: fx.Node) -> torch.Tensor:
-        args = {name: self._value(a) for name, a in arguments(node).items()}
+        args = self._arguments(node)
         kernel = cast(Attention, self.plan.choices[node.name].kernel)
         if self.cache is None:
             raise SmeltError(f"{node.name} reads a cache: run this program through generate or with a cache")
-        spare = self._copies(kernel.contiguous(args), args)
+        spare = self._copies(kernel, args)
         # [B, T, H, E] in memory, so that the transpose behind attention is a view
         out = self._pool.take(_on_meta(node.target, args).transpose(1, 2)).transpose(1, 2)
         self.calls.append(partial(self.cache.append, int(args["layer"]), args["key"], args["value"]))
         self.calls.append(kernel.attend(self.cache, args, out))
-        for block in spare:
-            self._pool.give(block.untyped_storage())
+        self._return(spare)
         return out
 
     def _host(self, node: fx.Node) -> Any:
         """Sizes, tuples and views: evaluated now. A view that must copy becomes a call."""
-        args, kwargs = self._value(node.args), self._value(node.kwargs)
-        result = node.target(*args, **kwargs)  # type: ignore[operator]  # an ATen view or a Python operator
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._of_node)
+        # buffers are contiguous where the traced model's may not have been: a view of those can be a copy here
+        target: Any = torch.reshape if node.target is torch.ops.aten.view.default else node.target
+        result = target(*args, **kwargs)
         if not isinstance(result, torch.Tensor) or not isinstance(args[0], torch.Tensor):
             return result
         if result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr():
@@ -179,13 +190,13 @@ class Bound:
         return out
 
 
-def _storages(value: Any) -> list[torch.UntypedStorage]:
+def _addresses(value: Any) -> dict[int, torch.UntypedStorage]:
+    """The storages of a value by address."""
     if isinstance(value, torch.Tensor):
-        return [value.untyped_storage()]
+        return {value.untyped_storage().data_ptr(): value.untyped_storage()}
     if isinstance(value, tuple | list):
-        unique = {s.data_ptr(): s for v in value for s in _storages(v)}
-        return list(unique.values())
-    return []
+        return {at: storage for member in value for at, storage in _addresses(member).items()}
+    return {}
 
 
 def _on_meta(target: Any, args: Mapping[str, Any]) -> Any:
@@ -194,7 +205,7 @@ def _on_meta(target: Any, args: Mapping[str, Any]) -> Any:
     def meta(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        if hasattr(value, "encoding"):
+        if isinstance(value, Weight):
             return torch.empty(value.shape, device="meta")
         return [meta(v) for v in value] if isinstance(value, list | tuple) else value
 

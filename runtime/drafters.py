@@ -8,14 +8,14 @@ from typing import Protocol
 import torch
 
 from ..ir.decode import DecodePlan
-from ..ir.errors import SmeltError
+from ..ir.errors import SmeltError, nearest
 
 
 class Drafter(Protocol):
     """Proposes tokens for a tree and learns from every verified step."""
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        """Tokens [n] and the logits [n, V] behind each, verified by the model."""
+        """Tokens [n] and the logits [n, V] behind each, as the model gave them; drafts that were wrong included."""
         ...
 
     def observe(self, row: int, node: int, outputs: Mapping[str, torch.Tensor]) -> None:
@@ -31,7 +31,8 @@ def drafter(plan: DecodePlan, vocabulary: int, rows: int) -> Drafter:
     """The drafter that a decode plan names."""
     kinds = {"recycle": Recycle, "heads": Heads}
     if plan.drafter not in kinds:
-        raise SmeltError(f"unknown drafter '{plan.drafter}'; known: {', '.join(kinds)}")
+        hint = nearest(plan.drafter, kinds)
+        raise SmeltError(f"unknown drafter '{plan.drafter}'{hint}; known: {', '.join(kinds)}")
     return kinds[plan.drafter](plan, vocabulary, rows)
 
 
@@ -48,16 +49,15 @@ class Recycle:
         self._nodes = len(plan.tree)
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        best = logits.topk(self.width, -1).indices
-        for token, successors in zip(tokens.tolist(), best, strict=True):
-            self.matrix[token] = successors
+        known, places = tokens.unique(return_inverse=True)
+        last = torch.zeros_like(known).scatter_reduce_(0, places, torch.arange(len(tokens)), "amax", include_self=False)
+        self.matrix[known] = logits[last].topk(self.width, -1).indices
 
     def observe(self, row: int, node: int, outputs: Mapping[str, torch.Tensor]) -> None:
         return None
 
     def propose(self, row: int, root: int) -> torch.Tensor:
-        tokens = torch.zeros(self._nodes, dtype=torch.int64)
-        tokens[0] = root
+        tokens = torch.full((self._nodes,), root)
         for nodes, parents, ranks in self._levels:
             tokens[nodes] = self.matrix[tokens[parents], ranks]
         return tokens
@@ -68,8 +68,8 @@ class Heads:
 
     def __init__(self, plan: DecodePlan, vocabulary: int, rows: int) -> None:
         self.width = plan.width
-        depths, ranks = torch.tensor(plan.tree.depths), torch.tensor(plan.tree.ranks)
-        self._head, self._rank = (depths - 1).clamp_min(0), ranks
+        self._head = (torch.tensor(plan.tree.depths) - 1).clamp_min(0)
+        self._rank = torch.tensor(plan.tree.ranks)
         self._best: list[torch.Tensor | None] = [None] * rows
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
@@ -89,11 +89,7 @@ class Heads:
 
 def _levels(plan: DecodePlan) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(nodes, parents, ranks) of each depth below the root."""
-    depths = plan.tree.depths
-    levels = []
-    for depth in range(1, max(depths) + 1):
-        nodes = [i for i, d in enumerate(depths) if d == depth]
-        parents = [plan.tree.parents[i] for i in nodes]
-        ranks = [plan.tree.ranks[i] for i in nodes]
-        levels.append((torch.tensor(nodes), torch.tensor(parents), torch.tensor(ranks)))
-    return levels
+    tree = plan.tree
+    depths, parents, ranks = (torch.tensor(column) for column in (tree.depths, tree.parents, tree.ranks))
+    found = [torch.nonzero(depths == depth).flatten() for depth in range(1, max(tree.depths) + 1)]
+    return [(nodes, parents[nodes], ranks[nodes]) for nodes in found]

@@ -24,7 +24,9 @@ from ..weight import Weight
 from .exported import first_line
 from .interfaces import chosen
 from .streamed import streamed
-from .variants import ALONE, TOLERANCE, alone_inputs, broken_weight, relative_error, require_own_tokens, side_by_side
+from .variants import ALONE, TOLERANCE, alone_inputs, broken_weight, mixed_tokens, relative_error, side_by_side
+
+__all__ = ["TOLERANCE", "check_against_source", "probe_places"]
 
 _UNKNOWN_CONTEXT = 1 << 17
 _ALONE = 6  # tokens of the second question
@@ -35,30 +37,28 @@ def check_against_source(program: Program, model: nn.Module, weights: Mapping[st
 
     `weights` by the model's names; `program.facts["capture_error"]` is set to the difference.
     """
-    output = "logits" if decoder else "hidden"
     places = probe_places(program)
     tokens = torch.randint(0, program.facts["vocabulary"], (2, len(places)), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(tokens)
+    real = torch.ones_like(tokens, dtype=torch.bool)
     if decoder:
         positions = torch.arange(len(places)).expand(2, -1)
-        answers = _answers(program, tokens, positions, places)
+        answers = _decoder_answers(program, tokens, positions, places)
+        mine, options = answers["logits"], {"position_ids": positions, "use_cache": False}
     else:
-        mask[1, len(places) // 2 :] = 0
-        answers = interpret(program, {"tokens": tokens, "mask": mask})
-    mine = answers[output].float()
+        real[1, len(places) // 2 :] = False
+        answers = _interpret(program, {"tokens": tokens, "mask": real.long()})
+        mine, options = answers["hidden"], {"attention_mask": real.long()}
     if not torch.isfinite(mine).all():
         raise SmeltError(f"{program.name}: outputs are not finite; {broken_weight(weights)}")
-    options = {"position_ids": positions, "use_cache": False} if decoder else {"attention_mask": mask}
     theirs = _eager(model, weights, places, program.name, input_ids=tokens, **options)
-    seen = mask.bool()  # what stands at padded places is nobody's promise
-    error = relative_error(mine[seen], theirs[seen])
+    error = relative_error(mine[real], theirs[real])  # what stands at padded places is nobody's promise
     if not error <= TOLERANCE:
         raise SmeltError(
             f"{program.name}: the captured graph differs from transformers' eager model (relative error {error:.1e}, "
             f"allowed {TOLERANCE:.0e}); some construct of this family bypasses transformers' attention interface"
         )
-    if decoder:
-        require_own_tokens(program.name, answers)
+    if decoder and (why := mixed_tokens(answers)):
+        raise SmeltError(f"{program.name}: {why}")
     program.facts["capture_error"] = error
 
 
@@ -66,32 +66,42 @@ def probe_places(program: Program) -> torch.Tensor:
     """Where the probe's tokens stand in the eyes of masks, int64, rising: close together, at each window's edge, and
     spread over the context."""
     context = program.facts.get("context") or _UNKNOWN_CONTEXT
-    windows = sorted({int(arguments(n)["window"] or 0) for n in program.calls(ATTENTION)} - {0})[:4]
-    edges = {window + step for window in windows for step in (-1, 0, 1)}
+    edges = {window + step for window in _windows(program)[:4] for step in (-1, 0, 1)}
     spread = {(context - 1) * part // 8 for part in range(1, 9)}
     return torch.tensor(sorted(p for p in {*range(6)} | edges | spread if p < context))
 
 
-def _answers(program: Program, tokens: torch.Tensor, positions: torch.Tensor, places: torch.Tensor) -> dict[str, Any]:
+def _windows(program: Program) -> list[int]:
+    return sorted({int(w) for node in program.calls(ATTENTION) if (w := arguments(node)["window"]) is not None})
+
+
+def _decoder_answers(
+    program: Program, tokens: torch.Tensor, positions: torch.Tensor, places: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """`logits` of the probe, and those of its first tokens `alone` in one sequence and as sequences of `one`."""
     apart = places[:, None] - places
-    few, at = tokens[:1, :_ALONE], places[-_ALONE:][None, : tokens.shape[1]]
-    inputs = {
-        "tokens": tokens,
-        "positions": positions,
-        **{
-            f"seen.{w}": (apart < w)[None, None]
-            for w in {arguments(n)["window"] for n in program.calls(ATTENTION)}
-            if w
-        },
-    }
-    inputs |= alone_inputs(few, at)
-    return interpret(side_by_side(program, {"": _by_mask, **ALONE}), inputs)
+    few = tokens[:1, :_ALONE]
+    at = (places if program.facts.get("context") else positions[0])[-few.shape[1] :][None]
+    inputs = {"tokens": tokens, "positions": positions} | alone_inputs(few, at)
+    inputs |= {_seen(window): (apart < window)[None, None] for window in _windows(program)}
+    return _interpret(side_by_side(program, {"": _by_mask, **ALONE}), inputs)
+
+
+def _seen(window: int) -> str:
+    return f"seen.{window}"
 
 
 def _by_mask(a: dict[str, Any]) -> dict[str, Any]:
     """A window as a mask among the inputs, so that tokens may stand anywhere."""
-    return a if a["window"] is None else a | {"mask": f"seen.{a['window']}", "window": None}
+    return a if a["window"] is None else a | {"mask": _seen(a["window"]), "window": None}
+
+
+def _interpret(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    try:
+        with torch.no_grad():
+            return {name: value.float() for name, value in interpret(program, inputs).items()}
+    except (RuntimeError, IndexError) as fault:
+        raise SmeltError(f"{program.name}: the captured graph cannot be evaluated: {first_line(fault)}") from fault
 
 
 def _eager(model: Any, weights: Mapping[str, Weight], places: torch.Tensor, name: str, **inputs: Any) -> torch.Tensor:

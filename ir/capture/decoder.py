@@ -16,21 +16,25 @@ aten = torch.ops.aten
 _RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
-def as_decoder(program: Program) -> bool:
+def as_decoder(program: Program) -> str | None:
     """Makes a raised Program with one token input and one output [B, T, V] over causal attention a decoder, in place.
 
     `arange(T)` that a table of positions is looked up with, or the first T rows of such a table, become look-ups by the
-    input `positions`. Returns False, and leaves the Program alone, where something else stands in the way.
+    input `positions`. Returns None, or, with the Program left alone, what stands in the way.
     """
     attention = [arguments(node) for node in program.calls(ATTENTION)]
-    if not attention or not all(a["causal"] and a["mask"] is None for a in attention):
-        return False
     tokens = next(node for node in program.graph.nodes if node.op == "placeholder")
     words = next((arguments(n)["weight"] for n in program.calls(EMBEDDING) if arguments(n)["ids"] is tokens), None)
+    if not attention or not all(a["causal"] and a["mask"] is None for a in attention):
+        return "it needs scaled_dot_product_attention with is_causal=True and no mask, everywhere"
+    if words is None:
+        return "no embedding looks up its tokens"
     (output,) = program.outputs.values()
+    if output.meta["val"].dim() != 3:
+        return "its output is not [B, T, V]"
     lookups, rows = _lookups(program), _first_rows(program)
-    if words is None or output.meta["val"].dim() != 3 or lookups is None:
-        return False
+    if lookups is None:
+        return "it uses arange for more than rows of a table of positions"
     with program.graph.inserting_after(tokens):
         positions = program.graph.placeholder("positions")
     positions.meta = dict(tokens.meta)
@@ -46,7 +50,7 @@ def as_decoder(program: Program) -> bool:
     program.facts |= {"kind": "decoder", "family": program.name, "eos": []}
     program.facts |= {"vocabulary": vocabulary, "hidden": hidden, "context": context}
     del program.facts["inputs"]
-    return True
+    return None
 
 
 def _lookups(program: Program) -> list[fx.Node] | None:
@@ -74,7 +78,7 @@ def _first_rows(program: Program) -> list[fx.Node]:
         shape: torch.Size = table.meta["val"].shape
         dim = len(shape) - 2
         is_table = dim == 0 or (dim == 1 and shape[0] == 1)
-        is_first = where[:2] == [dim, 0] and len(where) == 3 and isinstance(where[2], fx.Node)
+        is_first = where[:2] in ([dim, 0], [dim, None]) and len(where) == 3 and isinstance(where[2], fx.Node)
         if is_table and is_first and all(user.target is aten.add.Tensor for user in node.users):
             found.append(node)
     return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..weight import Weight
 
 aten = torch.ops.aten
 _COMPARISONS = {operator.ge, operator.le, operator.gt, operator.lt, operator.eq, operator.ne}
+_LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 def export(module: nn.Module, example: tuple[Any, ...], shapes: Any, name: str) -> ExportedProgram:
@@ -64,13 +66,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch logs a traceback for each fake kernel that raises; the error says it already."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    """torch logs tracebacks and prints half a graph when it stops; the error says what matters."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def to_program(

@@ -129,7 +129,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
 def _facts(config: Any, decoder: bool, folder: Path | None) -> dict[str, Any]:
     text = config.get_text_config(decoder=True) if decoder else config
     eos = getattr(text, "eos_token_id", None)
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+    names = ("max_position_embeddings", "n_positions", "max_target_positions", "seq_length")
     context = next((c for name in names if (c := getattr(text, name, None))), None)
     return {
         "kind": "decoder" if decoder else "encoder",

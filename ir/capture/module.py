@@ -19,7 +19,7 @@ from ..weight import Weight
 from .decoder import as_decoder
 from .exported import evaluating, export, first_line, to_program
 from .names import all_tensors, tied_names
-from .variants import ALONE, TOLERANCE, alone_inputs, broken_weight, relative_error, require_own_tokens, side_by_side
+from .variants import ALONE, TOLERANCE, alone_inputs, broken_weight, mixed_tokens, relative_error, side_by_side
 
 
 def capture_module(module: nn.Module, example: Sequence[torch.Tensor], name: str | None = None) -> Program:
@@ -40,19 +40,37 @@ def capture_module(module: nn.Module, example: Sequence[torch.Tensor], name: str
 def _capture(module: nn.Module, example: tuple[torch.Tensor, ...], name: str) -> Program:
     names = _input_names(module, len(example))
     is_tokens = [_is_tokens(e) for e in example]
-    batch, length = Dim("B", min=1, max=1 << 16), Dim("T", min=1, max=_longest(module))
-    shapes = tuple({0: batch, 1: length} if tokens else {0: batch} for tokens in is_tokens)
+    # each size on its own and as far as the module allows: a table of positions may end T
+    shapes = tuple({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if tokens else {0: Dim.DYNAMIC} for tokens in is_tokens)
     outputs = tuple(_run(module, example, name))
     tensors = all_tensors(module)
     exported = export(_Wrapped(module), tuple(_widened(e) for e in example), (shapes,), name)
     program = to_program(exported, name, names, outputs, lambda n: Weight.of(tensors[n]), tied_names(module))
     program.facts = {"kind": "module", "source": name, "inputs": _describe(names, example, is_tokens)}
     raise_program(program)
-    if is_tokens == [True] and len(outputs) == 1 and as_decoder(program):
-        raise_head(program)
+    if is_tokens == [True] and len(outputs) == 1:
+        program = _decoder_if_it_is(program, example[0])
     for inputs in (example, _other_sizes(example)):
         _check(program, module, inputs)
     return program
+
+
+def _decoder_if_it_is(program: Program, tokens: torch.Tensor) -> Program:
+    """The Program as a decoder, or itself with the reason why it is none in `facts["no_decoder"]`."""
+    decoder = program.fork()
+    why = as_decoder(decoder)
+    if why is None:
+        raise_head(decoder)
+        answers = interpret(side_by_side(decoder, ALONE), alone_inputs(tokens[:1], _positions(tokens[:1])))
+        why = mixed_tokens(answers)
+    if why is None:
+        return decoder
+    program.facts["no_decoder"] = why
+    return program
+
+
+def _positions(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.arange(tokens.shape[1]).expand(tokens.shape)
 
 
 class _Wrapped(nn.Module):
@@ -110,14 +128,9 @@ def _widened(example: torch.Tensor) -> torch.Tensor:
 
 
 def _other_sizes(example: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """One row more, half the tokens: what a graph that holds for one size only gets wrong."""
-    more = (torch.cat([e, e[:1]]) for e in example)
-    return tuple(e[:, : max(1, e.shape[1] // 2)] if _is_tokens(e) else e for e in more)
-
-
-def _longest(module: nn.Module) -> int:
-    """Where a module says how many tokens it takes; torch.export wants to know before it meets the table."""
-    return int(getattr(module, "context", 0) or getattr(module, "block_size", 0) or 1 << 20)
+    """One row instead of several or two instead of one, half the tokens: a graph may hold for one size only."""
+    rows = (torch.cat([e, e]) if e.shape[0] == 1 else e[:1] for e in example)
+    return tuple(e[:, : max(1, e.shape[1] // 2)] if _is_tokens(e) else e for e in rows)
 
 
 def _describe(names: tuple[str, ...], example: tuple[torch.Tensor, ...], tokens: list[bool]) -> dict[str, Any]:
@@ -130,15 +143,10 @@ def _describe(names: tuple[str, ...], example: tuple[torch.Tensor, ...], tokens:
 def _check(program: Program, module: nn.Module, example: tuple[torch.Tensor, ...]) -> None:
     inputs = dict(zip(program.inputs, example, strict=False))
     if program.facts["kind"] == "decoder":
-        tokens = inputs["tokens"]
-        inputs["positions"] = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        inputs |= alone_inputs(tokens[:1], inputs["positions"][:1])
-        answers = interpret(side_by_side(program, {"": lambda a: a, **ALONE}), inputs)
-        require_own_tokens(program.name, answers)
-    else:
-        answers = interpret(program, inputs)
+        inputs["positions"] = _positions(inputs["tokens"])
+    answers = interpret(program, inputs)
     theirs = _run(module, example, program.name)
-    for (key, mine), meant in zip(answers.items(), theirs.values(), strict=False):
+    for (key, mine), meant in zip(answers.items(), theirs.values(), strict=True):
         if not torch.isfinite(meant).all():
             raise SmeltError(f"{program.name}: outputs are not finite; {broken_weight(program.weights)}")
         error = relative_error(mine, meant)

@@ -22,9 +22,9 @@ def attention(
     """softmax(scale · q kᵀ + mask) v with grouped heads; query head h reads kv head h // (H / G).
 
     query [B, H, T, D], key [B, G, S, D], value [B, G, S, E] → [B, H, T, E]. `mask` [B, S] is non-zero where a key may
-    be seen; one that broadcasts to [B, H, T, S] is boolean (true: seen) or additive. `window`: a query sees the last `window` positions,
-    its own included. `softcap` c: logits become c · tanh(logits / c) before masking. `sinks` [H]: a learned logit per
-    head that takes part in the softmax and carries no value.
+    be seen; one that broadcasts to [B, H, T, S] is boolean (true: seen) or additive. `window`: a query sees the last
+    `window` positions, its own included. `softcap` c: logits become c · tanh(logits / c) before masking. `sinks` [H]: a
+    learned logit per head that takes part in the softmax and carries no value.
     """
     h, g, t, s = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
     if g != h:
@@ -47,7 +47,7 @@ def attention(
     return torch.softmax(logits, -1).to(value.dtype) @ value
 
 
-def _attention_shape(  # noqa: PLR0913 - the op's own arguments
+def _attention_shape(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

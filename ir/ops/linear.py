@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import sympy
 import torch
 from torch.nn import functional
@@ -56,7 +58,7 @@ def _embedding_cost(ids: Shape, weight: Shape) -> Cost:
 
 EMBEDDING = define(embedding, _embedding_shape, _embedding_cost)
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -66,8 +68,7 @@ ACTIVATIONS = {
 
 def gated(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
     """act(gate) · up elementwise: the middle of a gated MLP; both [..., I]."""
-    out: torch.Tensor = ACTIVATIONS[act](gate) * up
-    return out
+    return ACTIVATIONS[act](gate) * up
 
 
 def _gated_shape(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:

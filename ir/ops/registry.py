@@ -1,4 +1,4 @@
-"""The dialect's registry: an op is a reference in plain PyTorch, a shape rule and a cost, registered with torch.library."""
+"""The dialect's registry: an op is a reference in plain PyTorch, a shape rule and a cost, known to torch.library."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _LIBRARY = torch.library.Library("smelt", "DEF")
 OPS: dict[Any, Op] = {}  # keyed by the overload that a graph node carries as its target
 
 Shape = tuple[Any, ...]  # ints or sympy expressions
+ZERO = sympy.Integer(0)
 
 
 @dataclass(frozen=True)
 class Cost:
     """Work of one node: floating-point operations and cache bytes read, as sympy expressions in B, T, S."""
 
-    flops: sympy.Expr = sympy.Integer(0)
-    cache_values: sympy.Expr = sympy.Integer(0)
+    flops: sympy.Expr = ZERO
+    cache_values: sympy.Expr = ZERO
 
 
 @dataclass(frozen=True)

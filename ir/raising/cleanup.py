@@ -29,6 +29,7 @@ _COPIES = {
     aten.clone.default,
     aten.type_as.default,
 }
+_CONTIGUOUS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.embedding.default}
 
 
 def functional(program: Program) -> int:
@@ -55,19 +56,19 @@ def drop_copies(program: Program) -> int:
     count = 0
     for node in program.calls(*_IDENTITIES, *_COPIES):
         if node.target in _IDENTITIES or _same_type(node):
-            _loosen(node)
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # as above
             count += 1
     return count
 
 
-def _loosen(node: fx.Node) -> None:
-    """Let readers cope with any strides, now that nothing makes them plain: `view` → `reshape`."""
-    for user in node.users:
-        if user.target is aten.view.default:
-            user.target = aten.reshape.default
-        if _shows_argument(user.target):
-            _loosen(user)
+def loosen_views(program: Program) -> int:
+    """`view` → `reshape`, unless it follows a product: strides may differ from those that the model was traced with."""
+    count = 0
+    for node in program.calls(aten.view.default):
+        if getattr(node.args[0], "target", None) not in _CONTIGUOUS:
+            node.target = aten.reshape.default
+            count += 1
+    return count
 
 
 def _in_place(program: Program) -> set[Any]:

@@ -27,4 +27,3 @@ def changed(plan: CachePlan, sites: Iterable[Site], change: Callable[[Site], Sit
     for site in sites:
         plan = plan.with_site(change(site))
     return plan
-

@@ -1,4 +1,4 @@
-"""Stores the tokens that leave the tail in fewer bits (KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, 2024)."""
+"""Stores the tokens that leave the tail in fewer bits (KIVI: A Tuning-Free Asymmetric 2bit Quantization, 2024)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class Encode(Pass):
         assert program.cache is not None
         sites = [site for site in program.cache.sites if site.kept]
         skipped = {
-            f"layer {site.layer}": "nothing outlives its tail (budget 0)" for site in program.cache.sites if not site.kept
+            f"layer {site.layer}": "nothing outlives its tail (budget 0)"
+            for site in program.cache.sites
+            if not site.kept
         }
         program.cache = changed(program.cache, sites, self._encoding(program.cache))
         program.touch("cache")

@@ -1,4 +1,4 @@
-"""Derives the decode step: every causal attention reads and writes a cache site instead of seeing only its new tokens."""
+"""Derives the decode step: every causal attention reads and writes a cache site, and so sees what came before."""
 
 from __future__ import annotations
 

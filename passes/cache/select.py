@@ -1,4 +1,4 @@
-"""Keeps a fraction of the tokens that leave the tail (A Simple and Effective L2 Norm-Based Strategy for KV Cache, 2024)."""
+"""Keeps some of the tokens that leave the tail (A Simple and Effective L2 Norm-Based Strategy for KV Cache, 2024)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class Select(Pass):
     def __post_init__(self) -> None:
         cache.Select(self.score, self.keep, self.budget)  # refuses what no site could follow
         if self.keep == 1.0 and self.budget is None:
-            raise SmeltError("keep 1.0 without a budget drops no token: lower keep, set a budget, or leave the step out")
+            raise SmeltError(
+                "keep 1.0 without a budget drops no token: lower keep, set a budget, or leave the step out"
+            )
 
     def requires(self, program: Program) -> Iterator[str]:
         """A cache plan whose sites are not selected from yet and whose pages are not closed by per-channel codes."""
@@ -81,9 +83,7 @@ class Select(Pass):
         """Set the selection of every site that is not skipped."""
         assert program.cache is not None
         sites = self._sites(program.cache)
-        skipped = {
-            f"layer {site.layer}": "named in skip_layers" for site in program.cache.sites if site not in sites
-        }
+        skipped = {f"layer {site.layer}": "named in skip_layers" for site in program.cache.sites if site not in sites}
         program.cache = changed(program.cache, sites, self._selected)
         program.touch("cache")
         strange = _strange_norms(program) if self.score == "key_norm" else None

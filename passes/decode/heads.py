@@ -49,9 +49,7 @@ class Heads(Pass):
 
     def __post_init__(self) -> None:
         if min(self.heads, self.width, self.nodes) < 1:
-            raise SmeltError(
-                f"heads, width and nodes count from 1, not {self.heads}, {self.width} and {self.nodes}"
-            )
+            raise SmeltError(f"heads, width and nodes count from 1, not {self.heads}, {self.width} and {self.nodes}")
 
     def requires(self, program: Program) -> Iterator[str]:
         """A decoder with a cache plan, no drafter, and one vocabulary head."""

@@ -21,7 +21,7 @@ class Recycle(Pass):
     """A table keeps the last seen best successors of every token; a static tree over their ranks is verified at once.
 
     width: successors kept for each token.
-    nodes: drafted tokens verified in a step, the pending token not counted. Fewer are cheaper where arithmetic is dear.
+    nodes: drafted tokens verified in a step, the pending token not counted; fewer are cheaper.
 
     Deviations: the published tree was found by search, this one is best-first under a fixed law of ranks, and close to
     it (see `usual_rates`). Acceptance is by the walk, which is exact for sampling too; the released code is greedy only.

@@ -127,12 +127,10 @@ def _site(
         return Refusal(kind, f"its channels are read by {names}")
     components = torch.tensor(units)
     producers = []
-    for producer, rows in trace.rows.items():
-        mine = torch.isin(component[rows.long()], components)
-        if bool(mine.any()):
-            producers.append((producer, rows))
-            if not bool(mine.all()):
-                return Refusal(kind, f"{_name(producer)} has rows of other sites as well")
+    for producer in (n for n, _ in region if n in trace.rows):
+        if not bool(torch.isin(component[trace.rows[producer].long()], components).all()):
+            return Refusal(kind, f"{_name(producer)} has rows of other sites as well")
+        producers.append((producer, trace.rows[producer]))
     if len(units) < 2:
         return Refusal(kind, f"its {len(columns)} channels leave together or not at all")
     members = [torch.nonzero(columns == unit).flatten() for unit in units]

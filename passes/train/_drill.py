@@ -19,7 +19,7 @@ AT_ONCE = 16  # windows whose guesses are held in memory when heads are measured
 
 @dataclass(frozen=True)
 class Score:
-    """How good heads are on a text: `loss` in nats, weighted over heads, and `hits[j][r]`, how often rank r is right."""
+    """How good heads are on a text: `loss` in nats, summed over heads, and `hits[j][r]`, how often rank r is right."""
 
     loss: float
     hits: tuple[tuple[float, ...], ...]
@@ -51,9 +51,7 @@ class Drill:
         hidden = program.uses(names[0])[0].args[0]
         assert isinstance(hidden, fx.Node)
         part = branch(program, hidden, "heads")
-        part.weights |= {
-            name: replace(Weight.of(value), parts={"data": value}) for name, value in weights.items()
-        }
+        part.weights |= {name: replace(Weight.of(value), parts={"data": value}) for name, value in weights.items()}
         heads = sum(name.endswith(".block.weight") for name in names)
         return cls(trunk(program, hidden), part, weights, heads, decay)
 

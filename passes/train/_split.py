@@ -35,4 +35,6 @@ def branch(program: Program, at: fx.Node, output: str) -> Program:
 
 def _twin(part: Program, node: fx.Node) -> fx.Node:
     """The node of a fork that copies `node`."""
-    return next(twin for twin in part.graph.nodes if twin.name == node.name)
+    (twin,) = (other for other in part.graph.nodes if other.name == node.name)
+    assert isinstance(twin, fx.Node)
+    return twin

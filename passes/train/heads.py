@@ -22,7 +22,9 @@ MOST_HELD = 64  # held-out windows that are used: 8 thousand places tell hit rat
 
 @dataclass(frozen=True)
 class Heads(Pass):
-    """Cross-entropy of head j against the token j + 2 places on, weighted by decay^j; then a tree that fits what was learnt.
+    """Head j learns the token j + 2 places on; the draft tree is then fitted to how often its guesses are right.
+
+    The loss is cross-entropy, weighted by decay^j.
 
     steps: updates by AdamW, with a short warm-up and a cosine to zero.
     batch: windows of text in an update.
@@ -134,7 +136,7 @@ class Heads(Pass):
             for group in optimizer.param_groups:
                 group["lr"] = self.rate * min(1.0, step / warm) * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
             with torch.enable_grad():
-                drill.loss(*drill.guesses(learn[chosen])).backward()  # type: ignore[no-untyped-call]
+                drill.loss(*drill.guesses(learn[chosen])).backward()
             optimizer.step()
             optimizer.zero_grad()
             samples.progress(step, self.steps, "training heads")

@@ -41,8 +41,8 @@ class Quantize(Pass):
         leaves them as they are. A table that is tied to the head is one matrix and counts once.
     scale: type in which scales are stored.
 
-    Deviations: the paper names a heuristic on ranges; the mean over groups is our reading of it. A halving that does not
-    pay does not end the search, because two outliers in a row are only parted further down: later ones are held to
+    Deviations: the paper names a heuristic on ranges; the mean over groups is our reading of it. A halving that does
+    not pay does not end the search, because two outliers in a row are only parted further down: later ones are held to
     alpha for every halving since the last that did. Experts of one layer share a granularity.
     """
 

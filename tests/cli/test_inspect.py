@@ -28,7 +28,9 @@ def test_sizes_of_an_artefact() -> None:
 
 
 def test_formulas_count_matrix_products() -> None:
-    flops = sympy.sympify(json.loads(inspect(tiny.artefact(), "--json"))["cost"]["flops"], locals={"S": sympy.Symbol("S")})
+    flops = sympy.sympify(
+        json.loads(inspect(tiny.artefact(), "--json"))["cost"]["flops"], locals={"S": sympy.Symbol("S")}
+    )
     b, t, s = sympy.symbols("B T S")
     per_token = 2 * (2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64) + 4096 * 64)
     assert flops.coeff(s).subs({b: 1, t: 1}) == 2 * 2 * 2 * 64  # layers, products, multiply and add, heads times dim
@@ -45,7 +47,7 @@ def test_a_model_is_inspected_as_it_is_captured() -> None:
 def test_the_graph_parses_back() -> None:
     program = smelt.load(tiny.artefact()).program
     parsed = parse_program(inspect(tiny.artefact(), "--graph"), program.weights)
-    assert same_program(parsed, program) in (True, None, "", [])
+    assert same_program(parsed, program) is None
 
 
 def test_kernels_are_told_with_their_reason() -> None:

@@ -15,13 +15,13 @@ def smelt_(*words: str) -> Result:
 
 
 def test_lists_every_shipped_recipe_under_its_family() -> None:
-    lines = smelt_().stdout.splitlines()
     families: dict[str, set[str]] = {}
-    for line in lines:
+    members: set[str] = set()
+    for line in smelt_().stdout.splitlines():
         if line.startswith(" "):
-            families[family].add(line.split()[0])
+            members.add(line.split()[0])
         else:
-            families[family := line] = set()
+            members = families.setdefault(line, set())
     expected: dict[str, set[str]] = {}
     for header in shipped():
         expected.setdefault(header.family, set()).add(header.name)
@@ -41,7 +41,9 @@ def test_a_printed_recipe_loads_back_equal(tmp_path: Path) -> None:
 
 
 def test_set_shows_in_the_resolved_recipe() -> None:
-    plain, changed = (json.loads(smelt_("none", "--json", *more).stdout) for more in ([], ["--set", "cache.insert.dtype=float16"]))
+    plain, changed = (
+        json.loads(smelt_("none", "--json", *more).stdout) for more in ([], ["--set", "cache.insert.dtype=float16"])
+    )
     assert changed["steps"] == [{"cache.insert": {**plain["steps"][0]["cache.insert"], "dtype": "float16"}}]
     assert plain["digest"] != changed["digest"]
 

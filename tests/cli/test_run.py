@@ -23,7 +23,14 @@ def test_prints_what_generate_returns() -> None:
 
 def test_sampling_options_reach_the_sampler() -> None:
     lm = smelt.load(tiny.artefact())
-    options = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95, "repetition_penalty": 1.2}
+    options = {
+        "temperature": 0.9,
+        "top_k": 50,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "typical_p": 0.95,
+        "repetition_penalty": 1.2,
+    }
     words = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
     said = run(PROMPT, "--max-new-tokens", 12, "--seed", 5, *words).stdout
     assert said == lm.generate(PROMPT, max_new_tokens=12, seed=5, **options) + "\n"
@@ -48,7 +55,10 @@ def test_reads_the_prompt_from_stdin() -> None:
 
 def test_token_ids_in_and_out() -> None:
     lm = smelt.load(tiny.artefact())
-    assert run("5,6 7", "--ids", "--max-new-tokens", 6).stdout == ",".join(map(str, lm.generate([5, 6, 7], max_new_tokens=6))) + "\n"
+    assert (
+        run("5,6 7", "--ids", "--max-new-tokens", 6).stdout
+        == ",".join(map(str, lm.generate([5, 6, 7], max_new_tokens=6))) + "\n"
+    )
 
 
 def test_stats_go_to_stderr() -> None:

@@ -30,7 +30,9 @@ def test_runs_and_prints(name: str, tmp_path: Path) -> None:
     arguments, word = RUNS[name]
     command = [sys.executable, str(ROOT / "examples" / name), *(a.format(tmp=tmp_path) for a in arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert word in done.stdout
 

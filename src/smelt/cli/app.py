@@ -34,9 +34,8 @@ class Commands(TyperGroup):
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as fault:
-            from ..ir.errors import SmeltError
-
-            if not isinstance(fault, SmeltError):
+            errors = sys.modules.get(f"{__package__.rpartition('.')[0]}.ir.errors")
+            if errors is None or not isinstance(fault, errors.SmeltError):  # not loaded: usage faults and --help
                 raise
             print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from None

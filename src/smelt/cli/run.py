@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from ..runtime.generate import Decoding
     from ..runtime.text import Stream
 
+USUAL = 256
+
 
 def run(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="An artefact.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens to make; default: 256, or what the context leaves.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1 is off.")] = 1.0,
@@ -48,9 +52,10 @@ def run(
 
         compiled = load(out)
         check_decoder(compiled)
-        asked: Any = sys.stdin.read() if prompt == "-" else prompt
+        text = sys.stdin.read() if prompt == "-" else prompt
+        asked = _ids(text) if ids else compiled.tokenizer.encode(text)
         options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": _room(compiled, asked) if max_new_tokens is None else max_new_tokens,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
@@ -63,7 +68,7 @@ def run(
         }
         line.say("reading the prompt")
         start = time.perf_counter()
-        decoding, streams, _ = compiled._start([_ids(asked) if ids else asked], options)
+        decoding, streams, _ = compiled._start([asked], options)
         pieces = _pieces(decoding, streams[0] if streams else None, ids)
         first = next(pieces)
     ready = time.perf_counter()
@@ -97,6 +102,11 @@ def _pieces(decoding: Decoding, stream: Stream | None, ids: bool) -> Iterator[st
             text, shown = shown + ",".join(map(str, tokens)), ","
         yield text
     yield "" if ids or stream is None else stream.finish()
+
+
+def _room(compiled: Compiled, prompt: list[int]) -> int:
+    """New tokens where nobody says how many."""
+    return max(1, min(USUAL, compiled.context + 1 - len(prompt)))
 
 
 def _ids(text: str) -> list[int]:

@@ -77,7 +77,9 @@ def test_a_cache_is_encoded_once(cached):
 
 
 def test_there_must_be_a_cache(llama):
-    assert list(Encode(KEYS).requires(llama)) == ["llama must have a cache plan, but has none: put cache.insert in front"]
+    assert list(Encode(KEYS).requires(llama)) == [
+        "llama must have a cache plan, but has none: put cache.insert in front"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ def gemma() -> Program:
 
     config = transformers.Gemma2Config(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=97, max_position_embeddings=128, sliding_window=8, attn_logit_softcapping=2.0, eos_token_id=None,
+        head_dim=16, vocab_size=97, max_position_embeddings=128, sliding_window=8, attn_logit_softcapping=2.0,
+        eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -134,5 +134,3 @@ def test_a_budget_must_hold_a_page(cached):
 def test_options_that_select_nothing_are_errors(options, message):
     with pytest.raises(SmeltError, match=message):
         Selects(**options)
-
-

@@ -59,7 +59,7 @@ def test_a_head_is_a_residual_block_and_a_projection(cached, tokens, projection)
             seen.append((args[0], str(arguments(node)["weight"].target)))
 
     out = run(cached, tokens(1, 7), watch)["heads"]
-    (hidden, own), = seen
+    ((hidden, own),) = seen
     for j in range(2):
         block = cached.weights[f"heads.{j}.block.weight"].dense()
         weight = cached.weights[f"heads.{j}.projection.weight" if projection == "own" else own].dense()
@@ -121,9 +121,7 @@ def test_there_must_be_one_vocabulary_head(cached):
     with cached.graph.inserting_after(head):
         second = cached.graph.create_node("call_function", head.target, head.args, name="second")
     cached.set_output("again", second)
-    assert list(Heads().requires(cached)) == [
-        f"llama must have one vocabulary head, but has 2: {head.name}, second"
-    ]
+    assert list(Heads().requires(cached)) == [f"llama must have one vocabulary head, but has 2: {head.name}, second"]
 
 
 def test_the_name_is_taken(cached):

@@ -158,7 +158,9 @@ def test_families(family):
     verify(program)
     assert len(outcome.done) == FAMILIES[family]
     assert set(outcome.done) | outcome.skipped.keys() == program.weights.keys()
-    assert {name for name, weight in program.weights.items() if isinstance(weight.encoding, Affine)} == set(outcome.done)
+    assert {name for name, weight in program.weights.items() if isinstance(weight.encoding, Affine)} == set(
+        outcome.done
+    )
     assert program.touched == set(outcome.done)
     assert 0.005 < float((answer(program, random_tokens(2, 9)) - before).norm() / before.norm()) < 0.5
 
@@ -171,15 +173,23 @@ def test_every_expert_has_its_own_scales():
     assert down.parts["scale"].shape == (4, 64, 1)
 
 
-@pytest.mark.parametrize(
-    "head, table, encoding", [(8, "tied", Affine(8, 0)), ("same", "tied", Affine(4, 0)), ("keep", "tied", Dense("float32")), (8, "own", Affine(8, 0))]
-)  # fmt: skip
+TABLES = [
+    (8, "tied", Affine(8, 0)),
+    (8, "own", Affine(8, 0)),
+    ("same", "tied", Affine(4, 0)),
+    ("keep", "tied", Dense("float32")),
+]
+
+
+@pytest.mark.parametrize("head, table, encoding", TABLES)
 def test_vocabulary_matrices(head, table, encoding):
     sketch = Sketch()
     rows = sketch.weight("table", 8, 64)
     x = sketch.call(EMBEDDING, sketch.tokens, rows)
     x = sketch.call(LINEAR, x, sketch.weight("middle", 64, 64), None)
-    program = sketch.program(logits=sketch.call(HEAD, x, rows if table == "tied" else sketch.weight("head", 8, 64), None))
+    program = sketch.program(
+        logits=sketch.call(HEAD, x, rows if table == "tied" else sketch.weight("head", 8, 64), None)
+    )
     outcome = Quantize(head=head).apply(program, None)
     assert program.weights["table"].encoding == encoding
     assert program.weights["middle"].encoding == Affine(4, 0)
