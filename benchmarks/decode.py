@@ -58,7 +58,9 @@ def main() -> None:
             "transformers": transformers_runner(transformers_model(str(folder))),
         }
         random = torch.Generator().manual_seed(0)
-        prompts = torch.randint(VOCABULARY, (2, options.prompt_tokens), generator=random).tolist()
+        prompts = torch.randint(
+            compiled.program.facts["vocabulary"], (2, options.prompt_tokens), generator=random
+        ).tolist()
         timings = race(runners, prompts, options.new_tokens, options.rounds)
         weights = compiled.program.nbytes
     found: dict[str, Any] = {

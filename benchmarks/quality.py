@@ -13,7 +13,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,26 @@ from smelt.texts import Text, held_out_text, training_texts
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = 400_000  # bytes of the standard library, about 120 thousand tokens
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
-COLUMNS = {  # header: metric, format; the JSON holds more
-    "bits a weight": ("bits_per_weight", "{:.2f}"),
-    "parameters": ("parameters_ratio", "{:.0%}"),
-    "bits a cached value": ("measured_bits_per_value", "{:.2f}"),
-    "MB on disk": ("megabytes_on_disk", "{:.1f}"),
-    "MB in memory": ("megabytes_in_memory", "{:.1f}"),
-    "perplexity": ("perplexity", "{:.2f}"),
-    "KL": ("replay_kl", "{:.2g}"),
-    "same top-1": ("top1", "{:.1%}"),
-    "tokens a step": ("tokens_per_step", "{:.2f}"),
-    "sampled": ("tokens_per_step_sampled", "{:.2f}"),
-    "tokens a second": ("tokens_per_second", "{:.0f}"),
-    "lossless": ("lossless", "{}"),
+
+
+def megabytes(count: float) -> str:
+    """`11.8` of 11,841,657 bytes."""
+    return f"{count / 1e6:.1f}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # header: metric, and how it is shown; the JSON holds more
+    "bits a weight": ("bits_per_weight", "{:.2f}".format),
+    "parameters": ("parameters_ratio", "{:.0%}".format),
+    "bits a cached value": ("measured_bits_per_value", "{:.2f}".format),
+    "MB on disk": ("disk_bytes", megabytes),
+    "MB in memory": ("memory_bytes", megabytes),
+    "perplexity": ("perplexity", "{:.2f}".format),
+    "KL": ("replay_kl", "{:.2g}".format),
+    "same top-1": ("top1", "{:.1%}".format),
+    "tokens a step": ("tokens_per_step", "{:.2f}".format),
+    "sampled": ("tokens_per_step_sampled", "{:.2f}".format),
+    "tokens a second": ("tokens_per_second", "{:.0f}".format),
+    "lossless": ("lossless", lambda value: "yes" if value else "**no**"),
 }
 
 
@@ -86,23 +93,15 @@ def _row(model: str, recipe: str, calibration: Sequence[str], source: Source) ->
     except smelt.SmeltError as fault:
         return {"error": str(fault)}
     compiled_in = time.perf_counter() - start
-    measured = Meter(compiled, source.text, source).all()
-    return {
-        **measured,
-        "megabytes_on_disk": measured["disk_bytes"] / 1e6,
-        "megabytes_in_memory": measured["memory_bytes"] / 1e6,
-        "lossless": "yes" if measured["lossless"] else "NO",
-        "compile_seconds": compiled_in,
-    }
+    return {**Meter(compiled, source.text, source).all(), "compile_seconds": compiled_in}
 
 
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table in Markdown, a row a recipe; a recipe that failed says why."""
     lines = [f"| recipe | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     for name, row in rows.items():
-        cells = (
-            [form.format(row[metric]) for metric, form in COLUMNS.values()] if "error" not in row else [row["error"]]
-        )
+        failed = row.get("error")
+        cells = [failed] if failed else [show(row[metric]) for metric, show in COLUMNS.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from ..interpret import interpret
 from ..ops import ATTENTION, arguments
 from ..program import Program
 from ..weight import Weight
+from .constructs import suspect
 from .exported import first_line
 from .interfaces import chosen
 from .streamed import streamed
@@ -55,7 +56,7 @@ def check_against_source(program: Program, model: nn.Module, weights: Mapping[st
     if not error <= TOLERANCE:
         raise SmeltError(
             f"{program.name}: the captured graph differs from transformers' eager model (relative error {error:.1e}, "
-            f"allowed {TOLERANCE:.0e}); some construct of this family bypasses transformers' attention interface"
+            f"allowed {TOLERANCE:.0e}); {suspect(model)}"
         )
     if decoder and (why := mixed_tokens(answers)):
         raise SmeltError(f"{program.name}: {why}")

@@ -34,6 +34,13 @@ def refuse_unknown(model: nn.Module, name: str) -> None:
         raise SmeltError(f"{name}: cannot be captured, the model has {found}, which smelt does not support yet")
 
 
+def suspect(model: nn.Module) -> str:
+    """The likeliest reason why a graph came out wrong or not at all, as far as transformers tells."""
+    if getattr(type(model), "_supports_attention_backend", False):
+        return "some construct of this family is not expressed through transformers' attention interface"
+    return "the family's attention is its own code, not transformers' attention interface, which capture relies on"
+
+
 def _constructs(model: nn.Module, config: Any) -> Iterator[str]:
     if getattr(config, "is_encoder_decoder", False):
         yield "an encoder and a decoder (cross attention)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from ..errors import SmeltError
 from ..program import Program
@@ -23,15 +24,26 @@ _COMPARISONS = {operator.ge, operator.le, operator.gt, operator.lt, operator.eq,
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
+class ExportError(SmeltError):
+    """torch.export found a construct that it cannot trace."""
+
+
 def export(module: nn.Module, example: tuple[Any, ...], shapes: Any, name: str) -> ExportedProgram:
-    """torch.export without its log; every construct that it cannot trace becomes one SmeltError."""
+    """torch.export without its log, as a graph that writes into nothing; what it cannot trace is an ExportError."""
     try:
         with _quiet(), torch.no_grad():
-            return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            # a second trace that costs as much as the first
+            return exported.run_decompositions({}) if _writes(exported) else exported
     except SmeltError:
         raise
     except Exception as fault:  # export raises dozens of kinds; each means a construct it cannot trace
-        raise SmeltError(f"{name}: cannot be captured yet: {_reason(fault)}") from fault
+        raise ExportError(f"{name}: cannot be captured yet: {_reason(fault)}") from fault
+
+
+def _writes(exported: ExportedProgram) -> bool:
+    calls = (node.target for node in exported.graph.nodes if node.op == "call_function")
+    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in calls)
 
 
 def _reason(fault: Exception) -> str:
@@ -72,7 +84,8 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.disabled = True
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch about itself
             yield
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
@@ -93,6 +106,9 @@ def to_program(
     buffer; `canonical` maps the names of tied tensors to the one that stays. A weight is read where it is used, by a
     node of its own for each use, so that evaluating the graph holds few decoded weights at a time.
     """
+    if kept := [spec for spec in exported.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]:
+        what = str(kept[0].target).removeprefix("model.") if "BUFFER" in kept[0].kind.name else "an input"
+        raise SmeltError(f"{name}: the model writes into {what} while it runs, which cannot be captured yet")
     graph, weights = fx.Graph(), dict[str, Weight]()
     values: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, str] = {}
@@ -127,9 +143,9 @@ def to_program(
                 values[node] = _copied(node, graph, use, name)
         else:
             raise SmeltError(f"{name}: a graph node of kind {node.op} ({node.target}) cannot be captured yet")
+    graph.lint()
     program = Program(name, graph, weights)
     program.prune()
-    graph.lint()
     return program
 
 

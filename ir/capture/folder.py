@@ -12,7 +12,6 @@ from torch import nn
 
 from ..errors import SmeltError, nearest
 from .exported import first_line
-from .interfaces import NAME
 
 
 def empty_model(source: Path) -> tuple[nn.Module, Path]:
@@ -24,9 +23,7 @@ def empty_model(source: Path) -> tuple[nn.Module, Path]:
     kind: Any = AutoModelForCausalLM if _is_causal(config) else AutoModel
     try:
         with torch.device("meta"):
-            model = kind.from_config(config, dtype=torch.float32, attn_implementation=NAME)
-    except SmeltError:
-        raise
+            model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     except Exception as fault:  # modelling code raises anything when a number in the configuration is wrong
         raise SmeltError(
             f"{folder / 'config.json'}: transformers cannot build a {config.model_type} model: {first_line(fault)}"

@@ -21,8 +21,8 @@ from ..program import Program
 from ..raising import raise_program
 from ..weight import Weight
 from .check import check_against_source
-from .constructs import refuse_unknown
-from .exported import evaluating, export, to_program
+from .constructs import refuse_unknown, suspect
+from .exported import ExportError, evaluating, export, to_program
 from .folder import empty_model
 from .interfaces import NAME, chosen, register
 from .names import Checkpoint, all_tensors, tied_names
@@ -99,8 +99,11 @@ def _export(model: nn.Module, decoder: bool, name: str) -> torch.export.Exported
     shape = {0: Dim("B", min=1, max=4096), 1: Dim("T", min=1, max=longest)}
     tokens = torch.ones(2, 7, dtype=torch.int64, device="meta")
     wrapped = _Decoder(model) if decoder else _Encoder(model)
-    with _on_meta(model), chosen(model, NAME):
-        return export(wrapped, (tokens, tokens.clone()), (shape, dict(shape)), name)
+    try:
+        with _on_meta(model), chosen(model, NAME):
+            return export(wrapped, (tokens, tokens.clone()), (shape, dict(shape)), name)
+    except ExportError as fault:
+        raise SmeltError(f"{fault}; {suspect(model)}") from fault
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from ..program import Program
 from .activation import raise_gated, raise_gelu
 from .attention import raise_attention
-from .cleanup import drop_copies, functional, loosen_views
+from .cleanup import drop_copies, loosen_views
 from .linear import raise_embedding, raise_head, raise_linear
 from .norm import raise_layer_norm, raise_rms_norm
 from .rotary import raise_rotary
 
 STEPS = (
-    functional,
     drop_copies,
     loosen_views,
     raise_linear,

@@ -133,10 +133,13 @@ def _site(
         producers.append((producer, trace.rows[producer]))
     if len(units) < 2:
         return Refusal(kind, f"its {len(columns)} channels leave together or not at all")
-    members = [torch.nonzero(columns == unit).flatten() for unit in units]
-    if len({len(member) for member in members}) > 1:
+    widths = torch.bincount(columns)[components]
+    if bool((widths != widths[0]).any()):
         return Refusal(kind, "its units differ in size")
-    site = Site(_name(node), kind, node, tuple(producers), torch.stack(members), region, component, components)
+    index = torch.empty_like(component)
+    index[components] = torch.arange(len(units))
+    members = index[columns].argsort(stable=True).reshape(len(units), -1)
+    site = Site(_name(node), kind, node, tuple(producers), members, region, component, components)
     shared = next((name for name in site.weights if len(program.uses(name)) > 1), None)
     return Refusal(kind, f"its weight {shared} is read at several places") if shared else site
 

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NAMES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+from .ir.errors import SmeltError
+
+NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 SLOW = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -21,7 +29,7 @@ class Assets:
 
 
 def model_assets(model: Any) -> Assets:
-    """The tokenizer files of a model folder or hub id; a slow tokenizer is converted by transformers."""
+    """The tokenizer files of a model folder or hub id, none of a module; transformers converts a slow tokenizer."""
     if not isinstance(model, str | Path):
         return Assets()
     folder = Path(model)
@@ -37,14 +45,24 @@ def _read(folder: Path, keep: Any = None) -> Assets:
 
 
 def _hub_folder(identifier: str) -> Path:
-    from huggingface_hub import snapshot_download
+    try:
+        from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(identifier, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(identifier, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"]))
+    except Exception as fault:  # a dozen kinds, of the hub's library and of the network's
+        first = next(iter(str(fault).splitlines()), type(fault).__name__)
+        raise SmeltError(f"{identifier}: neither a folder nor a model that the hub gives ({first})") from fault
 
 
 def _converted(folder: Path) -> Assets:
-    from transformers import AutoTokenizer
+    try:
+        from transformers import AutoTokenizer
 
-    keep = tempfile.TemporaryDirectory(prefix="smelt-tokenizer-")
-    AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(keep.name)
+        keep = tempfile.TemporaryDirectory(prefix="smelt-tokenizer-")
+        AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(keep.name)
+    except Exception as fault:  # transformers raises every kind for a tokenizer that it cannot convert
+        first = next(iter(str(fault).splitlines()), type(fault).__name__)
+        raise SmeltError(
+            f"{folder}: its tokenizer cannot be converted to tokenizer.json ({first}); save a fast one there"
+        ) from fault
     return _read(Path(keep.name), keep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from .ir.errors import SmeltError
 from .ir.shapes import derive
 from .model import Compiled
 from .passes import Samples, catalogue
+from .passes.events import Event, ignore
 from .passes.manager import run
 from .recipes import Recipe
 from .recipes import load as load_recipe
@@ -25,11 +26,11 @@ from .runtime.text import Tokenizer
 LENGTH = 256  # tokens of one calibration sequence, fewer where the model's context ends before
 LEAST = 512  # calibration tokens below which statistics mean nothing
 
-Model = str | Path | nn.Module
-Calibration = str | Path | Sequence[str] | torch.Tensor
+Model: TypeAlias = str | Path | nn.Module
+Calibration: TypeAlias = str | Path | Sequence[str] | torch.Tensor
 
 
-def compile(  # noqa: A001 - the name of the act, as in torch.compile; users write smelt.compile
+def compile(
     model: Model,
     recipe: str | Path | Mapping[str, Any] | Recipe = "none",
     *,
@@ -39,7 +40,7 @@ def compile(  # noqa: A001 - the name of the act, as in torch.compile; users wri
     overrides: Sequence[str] = (),
     target: Target = "cpp",
     fallback: bool = True,
-    listen: Callable[[Any], None] | None = None,
+    listen: Callable[[Event], None] | None = None,
     stop_after: str | None = None,
 ) -> Compiled:
     """Compile `model` by `recipe`.
@@ -49,14 +50,18 @@ def compile(  # noqa: A001 - the name of the act, as in torch.compile; users wri
     calibration: a text file, texts, or tokens int64 [N, T], for the steps that look at data.
     tokenizer: the folder of the tokenizer, where the model is not one.
     target: `cpp` for generated kernels, `torch` for the reference; `fallback=False` refuses what has no fast kernel.
+    listen: is told when a step starts, goes on and ends. stop_after: the name of the last step to run.
     Raises SmeltError for anything wrong with what was given.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, catalogue(), overrides)
     program = capture(model, example)
     derive(program)
     assets = model_assets(tokenizer if tokenizer is not None else model)
+    if assets.folder is not None and program.facts.get("kind") == "decoder":
+        # what generation_config.json or the tokenizer names goes before the model's own configuration
+        program.facts["eos"] = list(Tokenizer(assets.folder).eos) or program.facts.get("eos") or []
     samples = _samples(calibration, assets.folder, program.facts)
-    result = run(program, resolved.steps, samples, **({"listen": listen} if listen else {}), stop_after=stop_after)
+    result = run(program, resolved.steps, samples, listen or ignore, stop_after)
     facts = {"recipe": resolved.to_dict(), "recipe_digest": resolved.digest()}
     if samples is not None:
         facts["calibration"] = tensor_digest(samples.tokens)
@@ -64,16 +69,17 @@ def compile(  # noqa: A001 - the name of the act, as in torch.compile; users wri
 
 
 def _samples(calibration: Calibration | None, folder: Path | None, facts: Mapping[str, Any]) -> Samples | None:
+    """Calibration as tokens; `folder` holds the tokenizer, `facts` are the program's."""
     if calibration is None:
         return None
     if isinstance(calibration, torch.Tensor):
-        if calibration.dim() != 2 or calibration.is_floating_point():
-            raise SmeltError(f"calibration: tokens must be whole numbers [N, T], not {list(calibration.shape)}")
-        return Samples(calibration.long())
+        return Samples(_tokens(calibration, facts))
     if isinstance(calibration, str | Path):
         texts, place = [_read(Path(calibration))], str(calibration)
     else:
         texts, place = list(calibration), "calibration"
+        if strange := [text for text in texts if not isinstance(text, str)]:
+            raise SmeltError(f"{place}: {strange[0]!r} is not text; give texts, a file, or tokens as a tensor [N, T]")
     if folder is None:
         raise SmeltError(f"{place}: text needs the model's tokenizer; pass tokenizer=FOLDER, or tokens int64 [N, T]")
     encode = Tokenizer(folder).encode
@@ -83,6 +89,19 @@ def _samples(calibration: Calibration | None, folder: Path | None, facts: Mappin
     length = min(LENGTH, int(facts.get("context") or LENGTH))
     count = len(tokens) // length
     return Samples(torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length))
+
+
+def _tokens(given: torch.Tensor, facts: Mapping[str, Any]) -> torch.Tensor:
+    """Calibration tokens of the caller, checked."""
+    if given.dim() != 2 or given.is_floating_point() or given.dtype is torch.bool or not given.numel():
+        raise SmeltError(f"calibration: tokens must be whole numbers [N, T], not {given.dtype} {list(given.shape)}")
+    low, high, words = int(given.min()), int(given.max()), int(facts.get("vocabulary") or 1 << 62)
+    if low < 0 or high >= words:
+        raise SmeltError(f"calibration: token {low if low < 0 else high} is not in the vocabulary of {words}")
+    context = int(facts.get("context") or given.shape[1])
+    if given.shape[1] > context:
+        raise SmeltError(f"calibration: sequences of {given.shape[1]} tokens exceed the model's context of {context}")
+    return given.detach().cpu().long()
 
 
 def _read(path: Path) -> str:

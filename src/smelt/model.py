@@ -6,17 +6,19 @@ import hashlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 
 from .assets import NAMES, Assets
 from .codegen.lower import lower
 from .codegen.plan import Plan, Target
-from .ir.errors import SmeltError
+from .inputs import check_inputs
+from .ir.errors import SmeltError, nearest
 from .ir.program import Program
 from .passes import catalogue
 from .passes.report import Report
@@ -27,13 +29,17 @@ from .runtime.sampling import Sampling
 from .runtime.session import Session
 from .runtime.text import Stream, Tokenizer
 
-Prompt = str | Sequence[int] | torch.Tensor
-SLACK = 64  # a session's cache grows in steps of this many tokens, so that similar requests share bindings
+Prompt: TypeAlias = str | Sequence[int] | torch.Tensor
+KEPT = 8  # shapes of inputs whose buffers `run` keeps
+OPTIONS = ("max_new_tokens", "stop", "eos", "speculate", *(field.name for field in fields(Sampling)))
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One row's result: new tokens, their text (None without a tokenizer), and why it ended: eos, length or stop."""
+    """One row's result: new tokens, their text (None without a tokenizer), and why it ended: eos, length or stop.
+
+    A stop string is not part of the text; the token that completed it is one of the tokens.
+    """
 
     tokens: list[int]
     text: str | None
@@ -62,7 +68,10 @@ class Generation:
 
 
 class Compiled:
-    """A compiled model. Decoders `generate`; every kind can be called on its named inputs with `run`."""
+    """A compiled model. Decoders `generate`; encoders and plain modules are called on their named inputs with `run`.
+
+    `report` says what each pass did. A loaded artefact has none, and what it was saved with in `facts["report"]`.
+    """
 
     def __init__(
         self,
@@ -83,7 +92,9 @@ class Compiled:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; raises when text is asked of a model that has none."""
         if self.assets.folder is None:
-            raise SmeltError(f"{self.program.name} was compiled without a tokenizer: pass token ids, or tokenizer=FOLDER")
+            raise SmeltError(
+                f"{self.program.name} was compiled without a tokenizer: pass token ids, or tokenizer=FOLDER to compile"
+            )
         return Tokenizer(self.assets.folder)
 
     @property
@@ -98,17 +109,21 @@ class Compiled:
         return int(self.program.facts.get("context") or 1 << 17)
 
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Named outputs of an encoder or plain module for named inputs, as tensors of the caller's own."""
-        if set(inputs) != set(self.program.inputs):
-            raise SmeltError(f"{self.program.name} takes the inputs {list(self.program.inputs)}, not {sorted(inputs)}")
+        """Named outputs of an encoder or plain module for named inputs, as tensors of the caller's own.
+
+        Raises SmeltError for inputs of other names, types or shapes than the program's.
+        """
         if self.program.cache is not None:
-            raise SmeltError(f"{self.program.name} reads a cache: call generate")
-        key = tuple(inputs[name].shape for name in self.program.inputs)
-        bound = self._bound.get(key)
-        if bound is None:
-            buffers = {n: torch.empty_like(t, memory_format=torch.contiguous_format) for n, t in inputs.items()}
-            bound = self._bound[key] = Bound(self.plan, buffers, None, self._decoded)
-        for name, value in inputs.items():
+            raise SmeltError(f"{self.program.name} reads a cache: call generate, or compile it without cache.insert")
+        checked = check_inputs(self.program, inputs)
+        key = tuple(value.shape for value in checked.values())
+        if key not in self._bound:
+            if len(self._bound) == KEPT:
+                self._bound.pop(next(iter(self._bound)))
+            buffers = {n: torch.empty_like(v, memory_format=torch.contiguous_format) for n, v in checked.items()}
+            self._bound[key] = Bound(self.plan, buffers, None, self._decoded, bulk=True)
+        bound = self._bound[key]
+        for name, value in checked.items():
             bound.inputs[name].copy_(value)
         bound.run()
         return {name: value.clone() for name, value in bound.outputs.items()}
@@ -125,12 +140,14 @@ class Compiled:
         """Continue text or token ids; returns the new text or ids, in a list for a list of prompts.
 
         Options: max_new_tokens (64), temperature (0: greedy), top_k, top_p, min_p, typical_p, repetition_penalty, seed,
-        stop (strings), speculate (True: use the recipe's drafter; the tokens are the same either way).
+        stop (strings), eos (token ids, the model's own by default), speculate (True: use the recipe's drafter; the
+        tokens are the same either way).
         """
         prompts, single = _as_batch(prompt)
         result = self.complete(prompts, **options)
-        texts = isinstance(prompts[0], str)
-        rows = [row.text if texts else row.tokens for row in result.rows]
+        rows = [
+            row.text if isinstance(asked, str) else row.tokens for asked, row in zip(prompts, result.rows, strict=True)
+        ]
         return rows[0] if single else rows
 
     def complete(self, prompts: Sequence[Prompt], **options: Any) -> Generation:
@@ -138,59 +155,70 @@ class Compiled:
         decoding, streams, start = self._start(prompts, options)
         pieces: list[list[str]] = [[] for _ in prompts]
         ready = None
-        for row, tokens in decoding.run():
+        for number, tokens in decoding.run():
             ready = ready or time.perf_counter()
-            pieces[row].append(_push(decoding, streams, row, tokens))
+            pieces[number].append(_push(decoding, streams, number, tokens))
         end = time.perf_counter()
         rows = []
         for number, row in enumerate(decoding.rows):
-            stream = streams[number] if streams else None
-            text = "".join(pieces[number]) + stream.finish() if stream else None
-            tokens = row.tokens[: stream.count] if stream and stream.stopped else row.tokens
-            rows.append(Completion(tokens, text, row.reason))
+            if not streams:
+                rows.append(Completion(row.tokens, None, row.reason))
+                continue
+            text = "".join(pieces[number]) + streams[number].finish()
+            rows.append(Completion(row.tokens[: streams[number].count], text, row.reason))
         counts = decoding.counts
         return Generation(rows, counts.steps, counts.tokens, (ready or end) - start, end - (ready or end))
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """The text of one prompt's continuation in pieces, as they are decided."""
-        decoding, streams, _ = self._start([prompt], {**options})
+        decoding, streams, _ = self._start([prompt], options)
         if not streams:
-            raise SmeltError(f"{self.program.name} has no tokenizer, so it cannot stream text: use complete on token ids")
-        for row, tokens in decoding.run():
-            text = _push(decoding, streams, row, tokens)
-            if text:
+            raise SmeltError(
+                f"{self.program.name} has no tokenizer, so it cannot stream text: use complete on token ids"
+            )
+        for number, tokens in decoding.run():
+            if text := _push(decoding, streams, number, tokens):
                 yield text
-        yield streams[0].finish()
+        if text := streams[0].finish():
+            yield text
 
-    def _start(self, prompts: Sequence[Prompt], options: dict[str, Any]) -> tuple[Decoding, list[Stream], float]:
+    def save(self, folder: str | Path) -> None:
+        """Write the artefact folder: program, weights, tokenizer and a manifest of hashes, all at once."""
+        known = catalogue()
+        used = {record.name for record in self.program.history}
+        sources = {name: _source_digest(kind) for name, kind in known.items() if name in used}
+        facts = {"passes": sources, **self.facts}  # a loaded artefact remembers the passes that made it
+        if self.report is not None:
+            facts["report"] = self.report.to_dict()
+        artefact.save(Path(folder), self.program, self.assets.files, facts)
+
+    def _start(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> tuple[Decoding, list[Stream], float]:
         """A decoding ready to run, one text stream a row where there is a tokenizer, and the time of the call."""
-        start = time.perf_counter()
-        new_tokens = options.pop("max_new_tokens", 64)
-        stop, speculate = options.pop("stop", ()), options.pop("speculate", True)
-        eos = options.pop("eos", None)
-        known = set(inspect.signature(Sampling).parameters)
-        if strange := sorted(set(options) - known):
-            raise SmeltError(f"generate: unknown option '{strange[0]}'; known: max_new_tokens, stop, eos, speculate, {', '.join(sorted(known))}")
+        start, given = time.perf_counter(), dict(options)
+        if strange := sorted(given.keys() - set(OPTIONS)):
+            raise SmeltError(
+                f"generate: unknown option '{strange[0]}'{nearest(strange[0], OPTIONS)}; known: {', '.join(OPTIONS)}"
+            )
+        new_tokens, stop = given.pop("max_new_tokens", 64), given.pop("stop", ())
+        speculate, eos = given.pop("speculate", True), given.pop("eos", self.program.facts.get("eos") or ())
         if not isinstance(new_tokens, int) or new_tokens < 1:
             raise SmeltError(f"generate: max_new_tokens must be a whole number from 1, not {new_tokens!r}")
-        if not prompts:
-            raise SmeltError("generate: no prompt was given")
+        if isinstance(prompts, str) or not len(prompts):
+            raise SmeltError("generate: give a list of prompts with at least one in it")
         ids = [self._ids(number, prompt) for number, prompt in enumerate(prompts)]
-        ends = self._eos() if eos is None else eos
-        need = max(map(len, ids)) + new_tokens
-        if need - 1 > self.context:
+        longest = max(map(len, ids))
+        need = longest + new_tokens - 1  # the last token is not read again
+        if need > self.context:
             raise SmeltError(
-                f"generate: the longest prompt has {need - new_tokens} tokens and {new_tokens} more are asked for, but "
-                f"the model's context is {self.context}; shorten the prompt or max_new_tokens"
+                f"generate: the longest prompt has {longest} tokens and {new_tokens} more are asked for, but the "
+                f"model's context is {self.context}; shorten the prompt or max_new_tokens"
             )
-        capacity = min(self.context, -(-need // SLACK) * SLACK)
-        session = Session(self.plan, len(ids), capacity, self._decoded)
-        decoding = Decoding(session, ids, Sampling(**options), Limits(new_tokens, frozenset(ends)), speculate)
+        session = Session(self.plan, len(ids), need, self._decoded)
+        decoding = Decoding(session, ids, Sampling(**given), Limits(new_tokens, frozenset(eos)), speculate)
         has_text = self.assets.folder is not None and (self.assets.folder / "tokenizer.json").is_file()
-        streams = [Stream(self.tokenizer, stop) for _ in ids] if has_text else []
-        if stop and not streams:
+        if stop and not has_text:
             raise SmeltError("generate: stop strings need the model's tokenizer: pass tokenizer=FOLDER to compile")
-        return decoding, streams, start
+        return decoding, [Stream(self.tokenizer, stop) for _ in ids] if has_text else [], start
 
     def _ids(self, number: int, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -198,22 +226,10 @@ class Compiled:
             if not prompt or not ids:
                 raise SmeltError(f"generate: prompt {number} is empty; give at least one character")
             return ids
-        return [int(token) for token in (prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt)]
-
-    def _eos(self) -> Sequence[int]:
-        listed = self.program.facts.get("eos") or []
-        if self.assets.folder is None:
-            return list(listed)
-        return self.tokenizer.eos or list(listed)
-
-    def save(self, folder: str | Path) -> None:
-        """Write the artefact folder: program, weights, tokenizer and a manifest of hashes, all at once."""
-        used = {record.name for record in self.program.history}
-        sources = {name: _source_digest(kind) for name, kind in catalogue().items() if name in used}
-        facts = {**self.facts, "passes": sources}
-        if self.report is not None:
-            facts["report"] = self.report.to_dict()
-        artefact.save(Path(folder), self.program, self.assets.files, facts)
+        items = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        if strange := [item for item in items if not isinstance(item, Integral)]:
+            raise SmeltError(f"generate: prompt {number} holds {strange[0]!r}, which is neither text nor a token id")
+        return [int(item) for item in items]
 
 
 def load(folder: str | Path, target: Target = "cpp") -> Compiled:
@@ -221,29 +237,29 @@ def load(folder: str | Path, target: Target = "cpp") -> Compiled:
     folder = Path(folder)
     program, manifest = artefact.load(folder)
     files = {name: (folder / name).read_bytes() for name in NAMES if name in manifest["files"]}
-    own = ("format", "weights", "files", "passes")
-    facts = {key: value for key, value in manifest.items() if key not in own}
+    facts = {key: value for key, value in manifest.items() if key not in ("format", "weights", "files")}
     return Compiled(program, facts, Assets(folder if files else None, files), target)
 
 
 def _as_batch(prompt: Any) -> tuple[list[Prompt], bool]:
+    """The prompts of a call, and whether it was a single one."""
     if isinstance(prompt, str):
         return [prompt], True
     if isinstance(prompt, torch.Tensor):
-        return (list(prompt), False) if prompt.dim() == 2 else ([prompt], True)
+        return (list(prompt), False) if prompt.dim() == 2 else ([prompt.reshape(-1)], True)
     items = list(prompt)
-    single = bool(items) and isinstance(items[0], int)
     if not items:
         raise SmeltError("generate: the prompt is empty; give text or at least one token id")
-    return ([items], True) if single else (items, False)
+    return ([items], True) if isinstance(items[0], Integral) else (items, False)
 
 
-def _push(decoding: Decoding, streams: list[Stream], row: int, tokens: list[int]) -> str:
+def _push(decoding: Decoding, streams: list[Stream], number: int, tokens: list[int]) -> str:
+    """The text that new tokens make certain; the row ends at a stop string."""
     if not streams:
         return ""
-    text = streams[row].push(tokens)
-    if streams[row].stopped is not None:
-        decoding.stop(row)
+    text = streams[number].push(tokens)
+    if streams[number].stopped is not None:
+        decoding.stop(number)
     return text
 
 

@@ -42,13 +42,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", _NO_GROUPS),
     "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 4}),
     # attention sinks, windows in three layers of four
-    "granite_swa": ("GraniteSwaConfig", {**_SIZES, "num_hidden_layers": 4, "sliding_window": WINDOW}),
+    "granite_swa": ("GraniteSWAConfig", {**_SIZES, "num_hidden_layers": 4, "sliding_window": WINDOW}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
     ),
     "cohere": ("CohereConfig", _SIZES),
-    "falcon": ("FalconConfig", {**_NO_GROUPS, "alibi": False}),
     "gemma3": ("Gemma3TextConfig", {**_SIZES, "head_dim": 16, "sliding_window": WINDOW}),
     "granite": ("GraniteConfig", _SIZES),
     "olmo2": ("Olmo2Config", _SIZES),

@@ -192,6 +192,17 @@ def test_later_sites_see_what_earlier_ones_leave():
     assert not torch.allclose(both.weights[name].dense(), apart.weights[name].dense(), atol=1e-4)
 
 
+@pytest.mark.parametrize("part, dim", [("fc1", 0), ("fc2", 1)])
+def test_magnitude_counts_what_is_written_and_what_is_read(part, dim):
+    program, name = captured("opt"), f"model.decoder.layers.0.{part}.weight"
+    value = program.weights[name].dense().clone()
+    value.movedim(dim, 0)[32:96] *= 4
+    program.weights[name] = Weight.of(value)
+    up = program.weights["model.decoder.layers.0.fc1.weight"].dense()
+    Interpolate(neurons=0.5, select="magnitude").apply(program, Samples(random_tokens(4, 24)))
+    assert torch.equal(program.weights["model.decoder.layers.0.fc1.weight"].dense(), up[32:96])
+
+
 def test_batches_add_up(monkeypatch):
     from smelt.passes.prune import interpolate
 
