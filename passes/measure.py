@@ -41,6 +41,7 @@ class Divergence:
         return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
 
 
+PIECE = 1 << 20  # elements of a tensor that are looked at together
 NONE = Divergence(kl=0.0, top1=1.0, max_error=0.0)
 
 
@@ -125,9 +126,15 @@ def relative_error(reference: torch.Tensor, candidate: torch.Tensor) -> float:
 
 
 def sqnr(reference: torch.Tensor, value: torch.Tensor) -> float:
-    """Signal to quantization noise ratio in dB, 10 log10(Σ r² / Σ (r - v)²); infinite for equal tensors."""
-    signal = reference.double().square().sum().item()
-    noise = (reference.double() - value.double()).square().sum().item()
+    """Signal to quantization noise ratio in dB, 10 log10(Σ r² / Σ (r - v)²); infinite for equal tensors.
+
+    Summed in float64 over pieces: whole copies in float64 would be the largest tensors of a compilation.
+    """
+    signal = noise = 0.0
+    for r, v in zip(reference.reshape(-1).split(PIECE), value.reshape(-1).split(PIECE), strict=True):
+        wide = r.double()
+        signal += wide.square().sum().item()
+        noise += (wide - v.double()).square().sum().item()
     if not noise:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

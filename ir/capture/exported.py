@@ -109,7 +109,7 @@ def to_program(
     if kept := [spec for spec in exported.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]:
         what = str(kept[0].target).removeprefix("model.") if "BUFFER" in kept[0].kind.name else "an input"
         raise SmeltError(f"{name}: the model writes into {what} while it runs, which cannot be captured yet")
-    graph, weights = fx.Graph(), dict[str, Weight]()
+    graph, constants = fx.Graph(), dict[str, Weight]()
     values: dict[fx.Node, fx.Node] = {}
     stored: dict[fx.Node, str] = {}
     names = iter(inputs)
@@ -129,8 +129,7 @@ def to_program(
                 values[node] = graph.placeholder(next(names))
                 values[node].meta["val"] = node.meta.get("val")
             elif node.users:
-                stored[node], value = _stored(exported, spec, name, weight, canonical)
-                weights.setdefault(stored[node], value)
+                stored[node] = _stored(exported, spec, name, canonical, constants)
         elif node.op == "output":
             results = node.args[0]
             if len(results) != len(outputs):
@@ -144,25 +143,27 @@ def to_program(
         else:
             raise SmeltError(f"{name}: a graph node of kind {node.op} ({node.target}) cannot be captured yet")
     graph.lint()
-    program = Program(name, graph, weights)
-    program.prune()
+    program = Program(name, graph, {})
+    program.prune()  # before weights are asked for: a checkpoint may lack what no output needs
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    program.weights = {target: constants[target] if target in constants else weight(target) for target in read}
     return program
 
 
 def _stored(
-    exported: ExportedProgram, spec: Any, name: str, weight: Callable[[str], Weight], canonical: Mapping[str, str]
-) -> tuple[str, Weight]:
-    """Name and value of a tensor that the graph reads beside its inputs."""
+    exported: ExportedProgram, spec: Any, name: str, canonical: Mapping[str, str], constants: dict[str, Weight]
+) -> str:
+    """Name of a tensor that the graph reads beside its inputs; the values of constants are put into the table."""
     if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
         target = str(spec.target).removeprefix("model.")
-        target = canonical.get(target, target)
-        return target, weight(target)
+        return canonical.get(target, target)
     if spec.kind is not InputKind.CONSTANT_TENSOR:
         raise SmeltError(f"{name}: an input of kind {spec.kind.name} cannot be captured yet")
     value = exported.constants[spec.target]
     if not isinstance(value, torch.Tensor) or value.is_meta:
         raise SmeltError(f"{name}: the constant {spec.target} has no value to capture")
-    return str(spec.target), Weight.of(value)
+    constants[str(spec.target)] = Weight.of(value)
+    return str(spec.target)
 
 
 def _copied(node: fx.Node, graph: fx.Graph, use: Callable[[fx.Node], fx.Node], name: str) -> fx.Node:

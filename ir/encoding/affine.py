@@ -16,6 +16,7 @@ LANES = 16  # neighbouring columns in neighbouring bytes: one 64-byte vector of 
 WIDTHS = (2, 4, 8)
 AXES = ("token", "channel")
 SCALES = ("float16", "bfloat16", "float32")
+PIECE = 1 << 22  # elements encoded at once: the temporaries of a vocabulary's table would dwarf its codes
 
 
 @dataclass(frozen=True, init=False)
@@ -75,9 +76,15 @@ class Affine(Encoding):
         return 8 // self.width
 
     def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Codes and scales of `x [..., N, K]`; values are read as float32."""
+        """Codes and scales of `x [..., N, K]`; values are read as float32. Large matrices go by pieces of their rows."""
         if reason := self.refuses(tuple(x.shape)):
             raise SmeltError(f"{self}: {reason}")
+        if self.axis == "token" and x.dim() == 2 and x.numel() > PIECE:
+            pieces = [self._encode(rows) for rows in x.split(max(1, PIECE // x.shape[1]))]
+            return {part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
+        return self._encode(x)
+
+    def _encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         groups, dim = self._grouped(x.float())
         low, high = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
         if self.zero:

@@ -1,0 +1,163 @@
+"""Lowering: every node gets a kernel and a reason, and what has no fast kernel is told or refused."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from smelt.codegen.kernels import DecodedLinear, LinearKernel, Reference
+from smelt.codegen.lower import lower
+from smelt.codegen.plan import Plan
+from smelt.ir.cache import Select
+from smelt.ir.encoding import Affine
+from smelt.ir.errors import SmeltError
+from smelt.ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, GATED, LINEAR, OPS
+from smelt.ir.program import Program
+from smelt.ir.weight import Weight
+
+from ..ir.programs import FAMILIES, affine_layer, cached, captured, one_call, quantized
+
+aten = torch.ops.aten
+CODED = {"sink": 4, "tail": 32, "page": 32, "keys": Affine(4, 32, "channel", True), "values": Affine(4, 16)}
+
+
+def kernel_of(plan: Plan, op: Any) -> str:
+    node = next(plan.program.calls(op))
+    return plan.choices[node.name].kernel.name
+
+
+def unfit(program: Program) -> Program:
+    """One linear in a group that the GEMV's vectors do not divide."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    program.weights[name] = program.weights[name].encoded(Affine(4, 8))
+    return program
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", ["cpp", "torch"])
+def test_every_computed_node_has_a_kernel_and_a_reason(family: str, target: Any) -> None:
+    program = cached(quantized(captured(family), Affine(4, 32)), **CODED)
+    plan = lower(program, target)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in OPS:
+            assert node.name in plan.choices
+    for name, choice in plan.choices.items():
+        assert choice.why and choice.kernel.name and choice.kernel.source, name
+        assert choice.fallback is (target == "cpp" and choice.kernel.name in ("torch.experts",))
+    assert [row["node"] for row in plan.kernels()] == list(plan.choices)
+    assert all(row.keys() == {"node", "kernel", "why", "fallback"} for row in plan.kernels())
+
+
+def test_the_cpp_target_generates_kernels_for_the_whole_of_a_decoder() -> None:
+    plan = lower(cached(quantized(captured("llama"), Affine(4, 32)), **CODED))
+    names = {choice.kernel.name for choice in plan.choices.values()}
+    assert names == {
+        *("gather.dense", "rows.rms_norm", "rows.rotary", "rows.gated", "aten.add.out"),
+        *("gemv.affine4.g32", "gemv.dense.float32", "attention.segments.4x2x16"),
+    }
+    assert lower(plan.program, fallback=False).choices.keys() == plan.choices.keys()
+
+
+def test_the_torch_target_runs_references() -> None:
+    plan = lower(cached(captured("llama")), "torch")
+    for op in (LINEAR, EMBEDDING, GATED, CACHED_ATTENTION):
+        node = next(plan.program.calls(op))
+        choice = plan.choices[node.name]
+        assert (choice.kernel.name, choice.why) == (f"torch.{op.name}", "target torch runs the reference")
+    assert lower(plan.program, "torch", fallback=False).choices.keys() == plan.choices.keys()
+
+
+def test_layers_with_equal_sites_share_a_kernel() -> None:
+    program = cached(captured("llama"))
+    plan = lower(program)
+    first, second = (plan.choices[node.name].kernel for node in program.calls(CACHED_ATTENTION))
+    assert first is second
+
+
+def test_bulk_kernels_are_for_stored_matrices_only() -> None:
+    plan = lower(cached(captured("mixtral")))
+    for choice in plan.choices.values():
+        assert isinstance(choice.bulk, DecodedLinear) == isinstance(choice.kernel, LinearKernel)
+
+
+def test_a_fallback_is_told_and_names_the_encoding() -> None:
+    plan = lower(unfit(captured("llama")))
+    (slow,) = [row for row in plan.kernels() if row["fallback"]]
+    assert slow["kernel"] == "torch.linear"
+    assert "affine(bits=4, group=8" in slow["why"] and "vectors of 16" in slow["why"]
+
+
+def test_without_fallback_a_weight_is_refused_by_node_and_encoding() -> None:
+    with pytest.raises(SmeltError) as caught:
+        lower(unfit(captured("llama")), fallback=False)
+    message = str(caught.value)
+    assert "for 1 nodes of llama" in message and "linear" in message and "affine(bits=4, group=8" in message
+    assert "choose another encoding, or allow fallback=True" in message
+
+
+def test_without_fallback_a_cache_site_is_refused_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = cached(captured("llama"), sink=4, tail=32, page=32, select=Select("key_norm", 0.5))
+    monkeypatch.setattr("smelt.codegen.attention.covers", lambda site: "no loader for keys")
+    with pytest.raises(SmeltError, match="cached_attention.*: attention of layer 0: no loader for keys"):
+        lower(program, fallback=False)
+    plan = lower(program)
+    assert kernel_of(plan, CACHED_ATTENTION) == "torch.cached_attention"
+
+
+def test_encoded_experts_are_a_fallback_and_dense_ones_too() -> None:
+    plan = lower(captured("mixtral"))
+    node = next(plan.program.calls(EXPERTS))
+    assert plan.choices[node.name].kernel.name == "torch.experts"
+    assert plan.choices[node.name].why == "experts: no C++ template"
+    assert plan.encoded[node.name] == ("gate_up", "down")
+
+
+def test_other_types_run_as_torch_ops() -> None:
+    inputs: dict[str, tuple[Any, ...]] = {"x": ("B", 8)}
+    program = one_call(aten.silu.default, inputs, "$x")
+    (node,) = program.calls(aten.silu.default)
+    assert lower(program).choices[node.name].kernel.name == "rows.silu"
+    node.args[0].meta["dtype"] = torch.float64  # type: ignore[union-attr]
+    assert lower(program).choices[node.name].kernel.name == "aten.silu.out"
+    layer = affine_layer()
+    (linear,) = layer.calls(LINEAR)
+    linear.args[0].meta["dtype"] = torch.float16  # type: ignore[union-attr]
+    assert "'x' is float16, kernels take float32" in lower(layer).choices[linear.name].why
+
+
+def test_a_computed_matrix_has_a_reason() -> None:
+    program = one_call(LINEAR.target, {"x": ("B", 4), "w": (3, 4)}, "$x", "$w")
+    (choice,) = lower(program).choices.values()
+    assert isinstance(choice.kernel, Reference) and choice.why == "the matrix is computed, not stored"
+    program = one_call(EMBEDDING.target, {"ids": ("B", 4), "w": (3, 4)}, "$ids", "$w")
+    (choice,) = lower(program).choices.values()
+    assert choice.why == "embedding: the table is computed, not stored"
+
+
+def test_an_op_without_an_out_variant_runs_and_says_so() -> None:
+    (choice,) = lower(one_call(aten.zeros_like.default, {"x": ("B", 4)}, "$x")).choices.values()
+    assert choice.kernel.name == "torch.aten.zeros_like.default"
+    assert choice.why == "the library op has no out-variant"
+
+
+def test_views_and_sizes_have_no_kernel() -> None:
+    assert not lower(one_call(aten.transpose.int, {"x": ("B", 4)}, "$x", 0, 1)).choices
+    assert not lower(one_call(aten.split.Tensor, {"x": ("B", 4)}, "$x", 2, -1)).choices
+
+
+def test_what_cannot_be_lowered_at_all_is_an_error() -> None:
+    with pytest.raises(SmeltError, match="unknown target 'gpu'; known: cpp, torch"):
+        lower(affine_layer(), "gpu")  # type: ignore[arg-type]
+    program = cached(captured("llama"))
+    program.cache = None
+    with pytest.raises(SmeltError, match="cached_attention reads a cache, but llama has no cache plan"):
+        lower(program)
+
+
+def test_an_encoded_table_is_looked_up_as_it_is_stored() -> None:
+    program = captured("llama")
+    node = next(program.calls(EMBEDDING))
+    name = str(node.args[1].target)  # type: ignore[union-attr]
+    program.weights[name] = Weight.of(program.weights[name].dense()).encoded(Affine(4, 32))
+    plan = lower(program, fallback=False)
+    assert kernel_of(plan, EMBEDDING) == "gather.affine" and plan.encoded[node.name] == ("weight",)
