@@ -11,17 +11,17 @@ from torch import fx
 
 from ..ir.cache import Site
 from ..ir.errors import SmeltError
-from ..ir.ops import CACHED_ATTENTION, EMBEDDING, HEAD, LINEAR, OPS, arguments
+from ..ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, HEAD, LINEAR, OPS, arguments
 from ..ir.program import Program
 from ..ir.weight import Weight
-from . import attention, gemv
+from . import attention, experts, gemv
 from .gather import gather_kernel
 from .kernels import AttentionKernel, CacheReference, DecodedLinear, LinearKernel, Reference, RowOp, out_variant
 from .plan import Choice, Plan, Target
 from .rows import row_kernel
 
 _TAKES_ENCODED = {"linear": ("weight",), "head": ("weight",), "embedding": ("weight",), "experts": ("gate_up", "down")}
-_INTEGERS = ("ids", "positions")  # arguments of kernels that are int64; all others are float32
+_INTEGERS = ("ids", "positions", "chosen")  # arguments of kernels that are int64; all others are float32
 
 
 def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Plan:
@@ -88,6 +88,8 @@ def _dialect(program: Program, node: fx.Node, target: Target) -> Choice:
     weight = _weight(program, args.get("weight"))
     if op in (LINEAR, HEAD):
         return _linear(node, weight, reference)
+    if op is EXPERTS:
+        return _experts(node, _weight(program, args["gate_up"]), _weight(program, args["down"]), reference)
     if op is EMBEDDING:
         kernel = gather_kernel(weight) if weight is not None else "the table is computed, not stored"
     else:
@@ -106,6 +108,15 @@ def _linear(node: fx.Node, weight: Weight | None, reference: Reference) -> Choic
         return Choice(reference, f"gemv of {weight.encoding}: {reason}", fallback=True)
     kernel = LinearKernel(weight)
     return Choice(kernel, f"{weight.encoding} of {list(weight.shape)}", bulk=DecodedLinear(kernel))
+
+
+def _experts(node: fx.Node, gate_up: Weight | None, down: Weight | None, reference: Reference) -> Choice:
+    if gate_up is None or down is None:
+        return Choice(reference, "the experts are computed, not stored")
+    reason = experts.covers(gate_up, down) or _strange(node)
+    if reason is not None:
+        return Choice(reference, f"experts: {reason}", fallback=True)
+    return Choice(experts.ExpertsKernel(gate_up, down), f"{gate_up.encoding} of {list(gate_up.shape)}")
 
 
 def _attention(program: Program, node: fx.Node, target: Target) -> Choice:

@@ -145,7 +145,7 @@ def to_program(
     graph.lint()
     program = Program(name, graph, {})
     program.prune()  # before weights are asked for: a checkpoint may lack what no output needs
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    read = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr")
     program.weights = {target: constants[target] if target in constants else weight(target) for target in read}
     return program
 

@@ -43,7 +43,7 @@ class Heads(Pass):
 
     heads: int = 4
     width: int = 10
-    nodes: int = 32
+    nodes: int = 31  # 32 rows a step, with the pending token
     projection: Literal["own", "tied"] = "own"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 

@@ -18,7 +18,7 @@ from smelt.ir.weight import Weight
 from ..ir.programs import FAMILIES, affine_layer, cached, captured, one_call, quantized
 
 aten = torch.ops.aten
-CODED = {"sink": 4, "tail": 32, "page": 32, "keys": Affine(4, 32, "channel", True), "values": Affine(4, 16)}
+CODED = {"sink": 4, "tail": 32, "page": 32, "keys": Affine(8, 32, "channel", True), "values": Affine(8, 16)}
 
 
 def kernel_of(plan: Plan, op: Any) -> str:
@@ -43,7 +43,7 @@ def test_every_computed_node_has_a_kernel_and_a_reason(family: str, target: Any)
             assert node.name in plan.choices
     for name, choice in plan.choices.items():
         assert choice.why and choice.kernel.name and choice.kernel.source, name
-        assert choice.fallback is (target == "cpp" and choice.kernel.name in ("torch.experts",))
+        assert not choice.fallback
     assert [row["node"] for row in plan.kernels()] == list(plan.choices)
     assert all(row.keys() == {"node", "kernel", "why", "fallback"} for row in plan.kernels())
 
@@ -98,18 +98,23 @@ def test_without_fallback_a_weight_is_refused_by_node_and_encoding() -> None:
 def test_without_fallback_a_cache_site_is_refused_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     program = cached(captured("llama"), sink=4, tail=32, page=32, select=Select("key_norm", 0.5))
     monkeypatch.setattr("smelt.codegen.attention.covers", lambda site: "no loader for keys")
-    with pytest.raises(SmeltError, match="cached_attention.*: attention of layer 0: no loader for keys"):
+    with pytest.raises(SmeltError, match=r"first .*attention.*: attention of layer 0: no loader for keys"):
         lower(program, fallback=False)
     plan = lower(program)
     assert kernel_of(plan, CACHED_ATTENTION) == "torch.cached_attention"
 
 
-def test_encoded_experts_are_a_fallback_and_dense_ones_too() -> None:
-    plan = lower(captured("mixtral"))
+def test_experts_run_on_what_is_stored() -> None:
+    program = captured("mixtral")
+    for name in [name for name in program.weights if "experts" in name]:
+        program.weights[name] = program.weights[name].encoded(Affine(4, 32))
+    plan = lower(program, fallback=False)
     node = next(plan.program.calls(EXPERTS))
-    assert plan.choices[node.name].kernel.name == "torch.experts"
-    assert plan.choices[node.name].why == "experts: no C++ template"
+    assert plan.choices[node.name].kernel.name == "experts.gemv.affine4.g32"
     assert plan.encoded[node.name] == ("gate_up", "down")
+    name = str(node.args[4].target)  # type: ignore[union-attr]
+    program.weights[name] = program.weights[name].encoded(Affine(4, 8))
+    assert "experts: gemv of affine(bits=4, group=8" in lower(program).choices[node.name].why
 
 
 def test_other_types_run_as_torch_ops() -> None:
@@ -150,7 +155,7 @@ def test_what_cannot_be_lowered_at_all_is_an_error() -> None:
         lower(affine_layer(), "gpu")  # type: ignore[arg-type]
     program = cached(captured("llama"))
     program.cache = None
-    with pytest.raises(SmeltError, match="cached_attention reads a cache, but llama has no cache plan"):
+    with pytest.raises(SmeltError, match="attention reads a cache, but llama has no cache plan"):
         lower(program)
 
 
