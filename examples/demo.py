@@ -8,7 +8,7 @@ from smelt.texts import training_texts
 PROMPT = "def fib(n):\n    "
 
 start = time.perf_counter()
-lm = smelt.compile(smelt.reference_model(), "all-four", calibration=training_texts(200_000))
+lm = smelt.compile(smelt.reference_model(), "all-four", calibration=training_texts(80_000))
 print(lm.report)
 print(f"compiled in {time.perf_counter() - start:.0f} s\n")
 

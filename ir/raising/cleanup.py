@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ops import EMBEDDING, LINEAR
 from ..program import Program
 
 aten = torch.ops.aten
@@ -23,6 +24,7 @@ _IDENTITIES = {
 # these too, where the type is the same
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 _CONTIGUOUS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.embedding.default}
+_CONTIGUOUS |= {LINEAR.target, EMBEDDING.target}
 
 
 def drop_copies(program: Program) -> int:

@@ -48,7 +48,7 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     folder = save(model("mixtral"), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
-    with pytest.raises(SmeltError, match="'model.layers.1.mlp.experts.gate_up_proj' cannot be put together"):
+    with pytest.raises(SmeltError, match=r"'model.layers.1.mlp.experts.gate_up_proj' cannot be put together"):
         capture(rewritten(folder, tensors))
 
 

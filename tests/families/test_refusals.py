@@ -36,14 +36,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mpt": ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 97}, "ALiBi attention bias"),
     "gpt_oss": ("GptOssConfig", {**_SIZES, "num_local_experts": 4, "head_dim": 16}, "experts with biases"),
     "mamba": ("MambaConfig", {**_TINY, "num_hidden_layers": 2}, "state-space layers"),
-    "falcon_h1": ("FalconH1Config", {**_SIZES, "mamba_n_heads": 4, "mamba_d_ssm": 64, "mamba_d_head": 16}, "state-space"),
+    "falcon_h1": (
+        "FalconH1Config",
+        {**_SIZES, "mamba_n_heads": 4, "mamba_d_ssm": 64, "mamba_d_head": 16},
+        "state-space",
+    ),
     "rwkv": ("RwkvConfig", {**_TINY, "num_hidden_layers": 2, "attention_hidden_size": 64}, "recurrent layers"),
     "qwen3_next": (
         "Qwen3NextConfig",
         {**_SIZES, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
         "linear attention layers",
     ),
-    "llama4": ("Llama4TextConfig", {**_SIZES, "intermediate_size_mlp": 128, "num_local_experts": 2}, "chunked attention"),
+    "llama4": (
+        "Llama4TextConfig",
+        {**_SIZES, "intermediate_size_mlp": 128, "num_local_experts": 2},
+        "chunked attention",
+    ),
     "phi3 with longrope": ("Phi3Config", {**_SIZES, "rope_parameters": _LONG}, "length of the text.*longrope"),
     "llama with dynamic scaling": (
         "LlamaConfig",

@@ -76,7 +76,7 @@ def replaced(program: Program, node: fx.Node, by: Callable[..., Any], *more: Any
 
 
 def mixed(program: Program) -> None:
-    """A layer that also sees the token before, as a convolution does; the very first layer's output takes part in it."""
+    """The stream takes in the token before, as a convolution would."""
     node = next(n for n in program.calls(aten.add.Tensor))
     replaced(program, node, aten.roll.default, [1], [1])
 
@@ -93,7 +93,9 @@ MUTANTS: dict[str, Callable[[Program], None]] = {
     "no offset of a norm's weight": lambda p: argument(p, RMS_NORM, "offset", 0.0),
     "another epsilon": lambda p: argument(p, RMS_NORM, "eps", 1e-3),
     "a scaled rotation": lambda p: argument(p, ROTARY, "scale", 1.01),
-    "keys that are not rotated": lambda p: list(p.calls(ROTARY))[1].replace_all_uses_with(list(p.calls(ROTARY))[1].args[0]),
+    "keys that are not rotated": lambda p: list(p.calls(ROTARY))[1].replace_all_uses_with(
+        list(p.calls(ROTARY))[1].args[0]
+    ),
     "no softcap on the logits": lambda p: p.set_output("logits", next(p.calls(HEAD))),
     "a projection left out": lambda p: replaced(p, list(p.calls(LINEAR))[3], operator.mul, 0.0),
     "a token that sees its neighbour": mixed,
@@ -188,7 +190,7 @@ def test_a_forward_that_fails_is_reported(program: Program, source: Any, monkeyp
         raise ValueError("no luck\nat all")
 
     monkeypatch.setattr(type(source), "forward", fails)
-    with pytest.raises(SmeltError, match="gemma2: transformers' own eager forward fails: no luck$"):
+    with pytest.raises(SmeltError, match=r"gemma2: transformers' own eager forward fails: no luck$"):
         check(program, source)
 
 

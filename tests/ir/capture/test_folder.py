@@ -87,7 +87,10 @@ def sharded(folder: Path, names: dict[str, str]) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "not a model folder, it has no config.json"),
-    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json: cannot be read as JSON .*line 1"),
+    "config is not JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        r"config.json: cannot be read as JSON .*line 1",
+    ),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: has no model_type"),
     "no model type": (lambda f: described(f, model_type=None), "config.json: has no model_type"),
     "a model type nobody knows": (
@@ -211,7 +214,9 @@ def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise ConnectionError("no network in tests")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(SmeltError, match=r"owner/name: no such folder, and the hub did not serve it \(ConnectionError\)"):
+    with pytest.raises(
+        SmeltError, match=r"owner/name: no such folder, and the hub did not serve it \(ConnectionError\)"
+    ):
         capture("owner/name")
 
 

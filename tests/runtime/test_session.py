@@ -1,0 +1,260 @@
+"""Sessions: equal to the interpreter, a row by itself whatever its batch, a token by itself whatever its tree."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from smelt.codegen.lower import lower
+from smelt.codegen.plan import BULK, Plan
+from smelt.ir.cache import Cache, Select
+from smelt.ir.decode import DecodePlan, Tree
+from smelt.ir.encoding import Affine
+from smelt.ir.errors import SmeltError
+from smelt.ir.interpret import interpret
+from smelt.ir.program import Program
+from smelt.runtime import session as session_module
+from smelt.runtime.session import CHUNK, Session
+
+from ..ir.programs import FAMILIES, cached, captured, quantized
+
+TOLERANCE = 1e-5  # of the largest logit; two layers in float32
+VOCABULARY = 97
+CACHES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "halves": {"dense": "float16"},
+    # pages of 8 leave a tail of 8 to 16, so that short sequences are encoded too
+    "coded": {"sink": 2, "tail": 8, "page": 8, "keys": Affine(8, 8, "channel", True), "values": Affine(8, 16)},
+    "selected": {"sink": 2, "tail": 8, "page": 8, "select": Select("key_norm", 0.5), "values": Affine(8, 16)},
+}
+
+
+@cache
+def plan(family: str = "llama", stored: str = "dense", bits: int | None = None) -> Plan:
+    program = captured(family) if bits is None else quantized(captured(family), Affine(bits, 32))
+    return lower(cached(program, **CACHES[stored]))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    random = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(0, VOCABULARY, (length,), generator=random).tolist()
+
+
+def stepped(session: Session, rows: list[list[int]], first: int) -> torch.Tensor:
+    """Logits [B, n, V] behind the tokens of each row from `first` on, fed one at a time and committed."""
+    out = []
+    for at in range(first, len(rows[0])):
+        positions = torch.tensor(session.cache.lengths)[:, None]
+        out.append(session.step(torch.tensor([[row[at]] for row in rows]), positions)["logits"].clone())
+        session.cache.commit([[0]] * len(rows))
+    return torch.cat(out, 1)
+
+
+def meant(program: Program, tokens: list[int], first: int, stored: bool) -> torch.Tensor:
+    """The same of one row by the interpreter, over the reference cache or over the whole text at once."""
+    ids, positions = torch.tensor([tokens]), torch.arange(len(tokens))[None]
+    if not stored:
+        return interpret(program, {"tokens": ids, "positions": positions})["logits"][:, first:]
+    assert program.cache is not None
+    store, out = Cache(program.cache, 1, len(tokens)), []
+    for piece in ([0, first], *([at, at + 1] for at in range(first, len(tokens)))):
+        inputs = {"tokens": ids[:, slice(*piece)], "positions": positions[:, slice(*piece)]}
+        store.begin(inputs["positions"])
+        out.append(interpret(program, inputs, store)["logits"])
+        store.commit([list(range(piece[1] - piece[0]))])
+        store.end_prefill()
+    return torch.cat(out[1:], 1)
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float(((found - wanted).abs().max() / wanted.abs().max()).nan_to_num(nan=float("inf")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_equal_the_whole_text_at_once(family: str) -> None:
+    tokens = prompt(40)
+    for first in (1, 7, 33):
+        session = Session(plan(family), 1, 64)
+        last = session.prefill([tokens[:first]])["logits"]
+        steps = torch.cat([last[:, None], stepped(session, [tokens], first)], 1)
+        assert off(steps, meant(captured(family), tokens, first - 1, False)) < TOLERANCE
+
+
+@pytest.mark.parametrize("stored", ["halves", "coded", "selected"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_steps_equal_the_interpreter_over_a_compressed_cache(stored: str, bits: int | None) -> None:
+    """To a quarter of what the cache loses: where a value lies between two codes, its last bit decides which it gets."""
+    compiled, tokens = plan("llama", stored, bits), prompt(60)
+    session = Session(compiled, 1, 64)
+    session.prefill([tokens[:21]])
+    wanted = meant(compiled.program, tokens, 21, True)
+    lost = meant(plan("llama", "dense", bits).program, tokens, 21, False) - wanted
+    assert (stepped(session, [tokens], 21) - wanted).square().mean() < lost.square().mean() / 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stored", ["dense", "coded"])
+def test_a_row_of_a_ragged_batch_equals_the_row_alone(family: str, stored: str) -> None:
+    """Bit for bit, prompts shorter than a bulk block."""
+    rows = [prompt(length) for length in (1, 5, 64, 65, 97)]
+    batch = Session(plan(family, stored), len(rows), 160)
+    together = batch.prefill(rows)["logits"].clone()
+    more = [row + prompt(30, seed=9) for row in rows]
+    later = stepped_from(batch, more)
+    for number, row in enumerate(rows):
+        single = Session(plan(family, stored), 1, 160)
+        assert torch.equal(single.prefill([row])["logits"][0], together[number])
+        assert torch.equal(stepped(single, [more[number]], len(row))[0], later[number])
+
+
+def stepped_from(session: Session, rows: list[list[int]]) -> torch.Tensor:
+    """As `stepped`, each row from its own length on, for as many tokens as the shortest rest has."""
+    count = min(len(row) - length for row, length in zip(rows, session.cache.lengths, strict=True))
+    out = []
+    for _ in range(count):
+        lengths = session.cache.lengths
+        tokens = torch.tensor([[row[length]] for row, length in zip(rows, lengths, strict=True)])
+        out.append(session.step(tokens, torch.tensor(lengths)[:, None])["logits"].clone())
+        session.cache.commit([[0]] * len(rows))
+    return torch.cat(out, 1)
+
+
+LONG = (BULK - 1, BULK, BULK + 1, CHUNK, CHUNK + BULK + 60, 2 * CHUNK)
+
+
+def test_long_prompts_are_read_in_chunks() -> None:
+    rows = [prompt(length) for length in LONG]
+    batch = Session(plan(), len(rows), 2 * CHUNK + 8)
+    together = batch.prefill(rows)["logits"]
+    assert batch.cache.lengths == list(LONG)
+    for number, row in enumerate(rows):
+        wanted = meant(captured("llama"), row, len(row) - 1, False)[0, 0]
+        assert off(together[number], wanted) < TOLERANCE
+        alone = Session(plan(), 1, 2 * CHUNK + 8).prefill([row])["logits"][0]
+        assert off(together[number], alone) < TOLERANCE
+    steps = stepped_from(batch, [row + prompt(3, seed=9) for row in rows])
+    for number, row in enumerate(rows):
+        wanted = meant(captured("llama"), row + prompt(3, seed=9), len(row), False)[0]
+        assert off(steps[number], wanted) < TOLERANCE
+
+
+def test_a_large_vocabulary_reads_fewer_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, widths = prompt(CHUNK + 5), []
+    right = Session.step
+    monkeypatch.setattr(
+        Session,
+        "step",
+        lambda self, tokens, *rest, **more: widths.append(tokens.shape[1]) or right(self, tokens, *rest, **more),
+    )
+    whole = Session(plan(), 1, 2 * CHUNK).prefill([row])["logits"].clone()
+    assert widths == [CHUNK, 8]
+    widths.clear()
+    monkeypatch.setattr(session_module, "LOGITS", 2 * BULK * VOCABULARY + 1)
+    assert off(Session(plan(), 1, 2 * CHUNK).prefill([row])["logits"], whole) < TOLERANCE
+    assert widths == [2 * BULK, 2 * BULK, 8]
+
+
+def test_every_prompt_token_is_harvested_with_the_logits_behind_it() -> None:
+    rows = [prompt(length) for length in (3, BULK + 2)]
+    seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    logits: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def harvest(row: int, tokens: torch.Tensor, behind: torch.Tensor) -> None:
+        seen[row].append(tokens.clone())
+        logits[row].append(behind.clone())
+
+    Session(plan(), 2, 2 * BULK).prefill(rows, harvest)
+    for number, row in enumerate(rows):
+        assert torch.cat(seen[number]).tolist() == row
+        assert off(torch.cat(logits[number]), meant(captured("llama"), row, 0, False)[0]) < TOLERANCE
+
+
+PARENTS = (0, 0, 0, 1, 1, 4, 5, 2, 3)
+PATH = [0, 1, 4, 5, 6]
+
+
+def ancestors() -> torch.Tensor:
+    seen = torch.eye(len(PARENTS), dtype=torch.bool)
+    for node in range(1, len(PARENTS)):
+        seen[node] |= seen[PARENTS[node]]
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("stored", "bits"), [("dense", None), ("coded", 4), ("selected", None)])
+def test_a_token_in_a_tree_gets_the_logits_it_gets_alone(family: str, stored: str, bits: int | None) -> None:
+    """Bit for bit, in a batch of three rows: what makes speculation exact. Ten rows of trees are more than a block."""
+    tree = DecodePlan("recycle", Tree(PARENTS, (0, 0, 1, 0, 1, 0, 0, 0, 0)), 2)
+    compiled = plan(family, stored, bits)
+    drafted = lower(compiled.program.fork())
+    drafted.program.decode = tree
+    rows = [prompt(length) for length in (1, 20, 41, *range(50, 62))]
+    session = Session(drafted, len(rows), 80)
+    session.prefill(rows)
+    tokens = torch.randint(0, VOCABULARY, (len(rows), len(PARENTS)), generator=torch.Generator().manual_seed(2))
+    depths = ancestors().sum(1) - 1
+    positions = torch.tensor(session.cache.lengths)[:, None] + depths
+    assert tokens.numel() > BULK
+    logits = session.step(tokens, positions, None, ancestors())["logits"].clone()
+    for number, row in enumerate(rows[:3]):
+        alone = Session(compiled, 1, 80)
+        alone.prefill([row])
+        path = PATH[: session.cache.room()[number]]
+        steps = stepped(alone, [row + tokens[number, path].tolist()], len(row))[0]
+        assert torch.equal(steps, logits[number, path])
+    # a query that sees its siblings too gets other logits
+    session.step(tokens, positions, None, torch.ones(len(PARENTS), len(PARENTS), dtype=torch.bool).tril())
+    assert not torch.equal(session._bound[len(PARENTS), False].outputs["logits"][:3, 2:], logits[:3, 2:])
+
+
+@pytest.mark.parametrize(("stored", "bits"), [("dense", None), ("halves", 4), ("coded", 4), ("selected", None)])
+def test_a_step_allocates_nothing(stored: str, bits: int | None) -> None:
+    """Bytes that torch's allocator gave out in a step of one token and its commit, between flushes of a page."""
+    session = Session(plan("llama", stored, bits), 1, 64)
+    session.prefill([prompt(19)])  # 2 sinks, 8 in the body, 9 in the tail: 7 more make a page leave
+    token, position = torch.tensor([[5]]), torch.tensor([[19]])
+
+    def step() -> None:
+        session.step(token, position)
+        session.cache.commit([[0]])
+        position.add_(1)
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for _ in range(4):
+            step()
+    assert recorded.profiler is not None
+    events = recorded.profiler.kineto_results.events()
+    given = sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
+    assert session.cache.lengths == [24] and 0 < given < 4 * 64
+    logits = session._bound[1, False].outputs["logits"]
+    session.step(token, position)
+    assert session._bound[1, False].outputs["logits"] is logits
+
+
+def test_a_prompts_buffers_are_freed() -> None:
+    session = Session(plan(), 1, 600)
+    session.prefill([prompt(520)])
+    assert not session._bound
+    session.step(torch.tensor([[1]]), torch.tensor([[520]]))
+    assert list(session._bound) == [(1, False)]
+
+
+def test_the_context_ends() -> None:
+    session = Session(plan(), 1, 8)
+    with pytest.raises(SmeltError, match="would reach 9 tokens, but the cache was made for a context of 8"):
+        session.prefill([prompt(9)])
+    session = Session(plan(), 1, 8)
+    session.prefill([prompt(8)])
+    with pytest.raises(SmeltError, match="would reach 9 tokens"):
+        session.step(torch.tensor([[1]]), torch.tensor([[8]]))
+
+
+def test_a_program_without_a_cache_has_no_session() -> None:
+    with pytest.raises(SmeltError, match=r"llama has no cache, so it cannot generate: add the step cache\.insert"):
+        Session(lower(captured("llama")), 1, 8)
