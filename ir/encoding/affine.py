@@ -76,7 +76,7 @@ class Affine(Encoding):
         return 8 // self.width
 
     def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Codes and scales of `x [..., N, K]`; values are read as float32. Large matrices go by pieces of their rows."""
+        """Codes and scales of `x [..., N, K]`; values are read as float32. Large matrices go by pieces of rows."""
         if reason := self.refuses(tuple(x.shape)):
             raise SmeltError(f"{self}: {reason}")
         if self.axis == "token" and x.dim() == 2 and x.numel() > PIECE:

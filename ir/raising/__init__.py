@@ -2,7 +2,7 @@
 
 from ..program import Program
 from .activation import raise_gated, raise_gelu
-from .attention import raise_attention
+from .attention import drop_full_masks, raise_attention
 from .cleanup import drop_copies, loosen_views
 from .linear import raise_embedding, raise_head, raise_linear
 from .norm import raise_layer_norm, raise_rms_norm
@@ -19,6 +19,7 @@ STEPS = (
     raise_gelu,
     raise_gated,
     raise_attention,
+    drop_full_masks,
     raise_head,
 )
 

@@ -1,4 +1,4 @@
-"""Attention written with torch's scaled_dot_product_attention."""
+"""Attention written with torch's scaled_dot_product_attention, and masks that say nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..program import Program
 from .match import rewrite
 
 aten = torch.ops.aten
+_CASTS = {aten.to.dtype, aten._to_copy.default}
 
 
 def raise_attention(program: Program) -> int:
@@ -31,6 +32,21 @@ def raise_attention(program: Program) -> int:
         operands = (a["query"], a["key"], a["value"], mask, None, float(scale), bool(a["is_causal"]))
         rewrite(program, node, ATTENTION, *operands, None, None)
         count += 1
+    return count
+
+
+def drop_full_masks(program: Program) -> int:
+    """A padding mask that hides nothing, made of ones on the spot → none."""
+    count = 0
+    for node in program.calls(ATTENTION):
+        a = arguments(node)
+        source = a["mask"]
+        while isinstance(source, fx.Node) and source.target in _CASTS:
+            source = source.args[0]
+        if isinstance(source, fx.Node) and source.target is aten.ones.default:
+            a["mask"] = None
+            node.args, node.kwargs = tuple(a[name] for name in ATTENTION.arguments), {}
+            count += 1
     return count
 
 

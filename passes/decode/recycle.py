@@ -24,7 +24,7 @@ class Recycle(Pass):
     nodes: drafted tokens verified in a step, the pending token not counted; fewer are cheaper.
 
     Deviations: the published tree was found by search, this one is best-first under a fixed law of ranks, and close to
-    it (see `usual_rates`). Acceptance is by the walk, which is exact for sampling too; the released code is greedy only.
+    it (see `usual_rates`). Acceptance is by the walk, exact for sampling too; the released code is greedy only.
     """
 
     exactness: ClassVar[Exactness] = Exactness.EXACT

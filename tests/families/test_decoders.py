@@ -1,4 +1,4 @@
-"""Decoder families from their folders: logits and greedy generation equal transformers', through the compiled target."""
+"""Decoder families from their folders: logits and greedy tokens equal transformers', through the compiled target."""
 
 from __future__ import annotations
 

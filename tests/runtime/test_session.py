@@ -88,7 +88,7 @@ def test_steps_equal_the_whole_text_at_once(family: str) -> None:
 @pytest.mark.parametrize("stored", ["halves", "coded", "selected"])
 @pytest.mark.parametrize("bits", [None, 4])
 def test_steps_equal_the_interpreter_over_a_compressed_cache(stored: str, bits: int | None) -> None:
-    """To a quarter of what the cache loses: where a value lies between two codes, its last bit decides which it gets."""
+    """To a quarter of what the cache loses: between two codes the last bit of a value decides which it gets."""
     compiled, tokens = plan("llama", stored, bits), prompt(60)
     session = Session(compiled, 1, 64)
     session.prefill([tokens[:21]])

@@ -269,6 +269,21 @@ def test_attention_with_dropout_stays() -> None:
     assert not list(program.calls(ATTENTION))
 
 
+def test_a_mask_of_ones_is_no_mask() -> None:
+    def attend(w: Any, q: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(2, 3).to(torch.bool)
+        out: torch.Tensor = torch.ops.smelt.attention(q, q, q, seen, None, 1.0, True)
+        return out
+
+    def hides(w: Any, q: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(2, 3).cumsum(-1) < 3
+        out: torch.Tensor = torch.ops.smelt.attention(q, q, q, seen, None, 1.0, True)
+        return out
+
+    masks = [[arguments(n)["mask"] for n in raised(f, normal(2, 4, 3, 8)).calls(ATTENTION)] for f in (attend, hides)]
+    assert masks[0] == [None] and masks[1] != [None]
+
+
 def test_strides_do_not_matter_after_copies_are_dropped() -> None:
     def fold(w: Any, x: torch.Tensor) -> torch.Tensor:
         return F.relu(x.transpose(1, 2).contiguous()).view(2, -1)

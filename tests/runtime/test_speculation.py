@@ -1,0 +1,256 @@
+"""Speculation is exact: whatever is drafted, every row gets the tokens of plain decoding, in fewer steps or as many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from smelt.codegen.lower import lower
+from smelt.codegen.plan import Plan
+from smelt.ir.cache import Cache, Select
+from smelt.ir.decode import Tree
+from smelt.ir.encoding import Affine
+from smelt.passes.decode.heads import Heads
+from smelt.passes.decode.recycle import Recycle
+from smelt.runtime import generate
+from smelt.runtime.generate import Decoding, Limits
+from smelt.runtime.sampling import Sampling
+from smelt.runtime.session import Session
+
+from ..ir.programs import cached, captured, quantized
+
+VOCABULARY, NEW = 97, 40
+PROMPTS = [
+    torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    for length in (3, 1, 17, 40)
+]
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "cool": Sampling(temperature=0.7, seed=1),
+    "hot": Sampling(temperature=1.3, seed=2),
+    "top p": Sampling(temperature=0.9, top_p=0.8, seed=3),
+    "typical": Sampling(temperature=1.0, typical_p=0.7, top_k=40, seed=4),
+    "penalty": Sampling(repetition_penalty=1.3),
+    "warm penalty": Sampling(temperature=0.8, min_p=0.05, repetition_penalty=0.8, seed=5),
+}
+# pages of 6 leave a tail of 8 to 13, so that some leave in the middle of every generation
+PAGED: dict[str, Any] = {"sink": 2, "tail": 8, "page": 6}
+CODED: dict[str, Any] = {
+    "keys": Affine(8, 3, "channel", True),
+    "values": Affine(8, 16),
+    "select": Select("key_norm", 0.5),
+}
+
+
+@cache
+def plan(stored: str = "dense", bits: int | None = None, drafter: str = "recycle", family: str = "llama") -> Plan:
+    program = captured(family) if bits is None else quantized(captured(family), Affine(bits, 32))
+    program = cached(program, **(PAGED | CODED if stored == "compressed" else {"dense": stored}))
+    (Recycle(4, 14) if drafter == "recycle" else Heads(3, 4, 12)).apply(program, None)
+    return lower(program)
+
+
+KINDS = {
+    "dense": ("float32", None),
+    "4-bit weights": ("float16", 4),
+    "compressed": ("compressed", None),
+    "compressed, 4-bit weights": ("compressed", 4),
+}
+
+
+def decode(compiled: Plan, sampling: Sampling, speculate: bool = True, new: int = NEW, eos: Any = ()) -> Decoding:
+    session = Session(compiled, len(PROMPTS), max(map(len, PROMPTS)) + new - 1)
+    made = Decoding(session, PROMPTS, sampling, Limits(new, frozenset(eos)), speculate)
+    for _ in made.run():
+        pass
+    assert made.counts.tokens == sum(len(row.tokens) for row in made.rows) - len(PROMPTS)
+    return made
+
+
+def tokens(made: Decoding) -> list[list[int]]:
+    return [row.tokens for row in made.rows]
+
+
+@cache
+def plain(compiled: Plan, sampling: Sampling, new: int = NEW) -> list[list[int]]:
+    made = decode(compiled, sampling, False, new)
+    assert made.counts.steps == new - 1
+    return tokens(made)
+
+
+class Scripted:
+    """A drafter that knows what plain decoding gives, and drafts by it: `draft(truth, depth, rank)` fills a node."""
+
+    def __init__(self, answers: list[list[int]], tree: Tree, draft: Callable[[int, int, int], int]) -> None:
+        self.answers, self.tree, self.draft = answers, tree, draft
+        self.done = [1] * len(answers)  # tokens that a row has
+
+    def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        return None
+
+    def observe(self, row: int, node: int, outputs: Mapping[str, torch.Tensor]) -> None:
+        self.done[row] += self.tree.depths[node] + 1 if outputs["logits"].shape[1] > 1 else 0
+
+    def propose(self, row: int, root: int) -> torch.Tensor:
+        rest = self.answers[row][self.done[row] - 1 :] + [0] * 20
+        assert rest[0] == root
+        places = zip(self.tree.depths, self.tree.ranks, strict=True)
+        return torch.tensor([root, *(self.draft(rest[depth], depth, rank) for depth, rank in list(places)[1:])])
+
+
+_random = torch.Generator().manual_seed(7)
+SCRIPTS: dict[str, Callable[[int, int, int], int]] = {
+    "oracle": lambda truth, depth, rank: truth if rank == 0 else (truth + rank) % VOCABULARY,
+    "oracle at the last rank": lambda truth, depth, rank: truth if rank == 1 else (truth + 1) % VOCABULARY,
+    "duplicates": lambda truth, depth, rank: truth,
+    "adversary": lambda truth, depth, rank: (truth + 1 + rank) % VOCABULARY,
+    "right once": lambda truth, depth, rank: truth if depth < 2 else (truth + 1) % VOCABULARY,
+    "random": lambda truth, depth, rank: (truth + int(torch.randint(0, 3, (1,), generator=_random))) % VOCABULARY,
+}
+
+
+def scripted(patch: pytest.MonkeyPatch, compiled: Plan, sampling: Sampling, script: str, new: int = NEW) -> Decoding:
+    """A generation whose drafts follow a script."""
+    answers = plain(compiled, sampling, new)
+    assert compiled.program.decode is not None
+    tree = compiled.program.decode.tree
+    patch.setattr(generate, "drafter", lambda *_: Scripted(answers, tree, SCRIPTS[script]))
+    return decode(compiled, sampling, new=new)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("drafter", ["recycle", "heads"])
+def test_drafts_of_the_recipes_change_no_token(kind: str, sampling: Sampling, drafter: str) -> None:
+    compiled = plan(*KINDS[kind], drafter)
+    made = decode(compiled, sampling)
+    assert tokens(made) == plain(compiled, sampling)
+    assert made.counts.steps <= NEW - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_draft_changes_a_token(kind: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = plan(*KINDS[kind])
+    for sampling in SAMPLINGS.values():
+        assert tokens(scripted(monkeypatch, compiled, sampling, script)) == plain(compiled, sampling), sampling
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral", "gemma2"])
+def test_other_families_are_exact_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = plan("float32", None, "recycle", family)
+    for sampling in (SAMPLINGS["greedy"], SAMPLINGS["hot"]):
+        assert tokens(decode(compiled, sampling)) == plain(compiled, sampling)
+        with monkeypatch.context() as patch:
+            assert tokens(scripted(patch, compiled, sampling, "random")) == plain(compiled, sampling)
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS["greedy"], SAMPLINGS["hot"]], ids=["greedy", "hot"])
+def test_right_drafts_give_a_token_for_each_level_and_wrong_ones_a_token_a_step(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = plan()
+    assert compiled.program.decode is not None
+    deepest = max(compiled.program.decode.tree.depths)
+    new = 1 + 6 * (deepest + 1)
+    for script, steps in (("oracle", 6), ("duplicates", 6), ("adversary", new - 1), ("right once", (new - 1) / 2)):
+        made = scripted(monkeypatch, compiled, sampling, script, new)
+        assert (made.counts.steps, made.counts.tokens) == (steps, len(PROMPTS) * (new - 1)), script
+
+
+def test_an_end_token_ends_a_row_in_the_middle_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, sampling = plan(), SAMPLINGS["hot"]
+    full = plain(compiled, sampling)
+    ends = {full[0][5], full[2][8]}
+    assert compiled.program.decode is not None
+    script = Scripted(full, compiled.program.decode.tree, SCRIPTS["oracle"])
+    monkeypatch.setattr(generate, "drafter", lambda *_: script)
+    made = decode(compiled, sampling, eos=ends)
+    assert tokens(made) == tokens(decode(compiled, sampling, False, eos=ends))
+    assert {row.reason for row in made.rows} >= {"eos"}
+
+
+def test_the_context_ends_under_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree may reach beyond the last position: those nodes are not read, and no row goes further than it may."""
+    compiled, sampling = plan("compressed"), SAMPLINGS["hot"]
+    for new in (1, 2, 3, 4):
+        made = scripted(monkeypatch, compiled, sampling, "oracle", new)
+        assert tokens(made) == plain(compiled, sampling, new)
+        assert made.session.cache.capacity == len(PROMPTS[3]) + new - 1 == made.session.cache.lengths[3]
+
+
+def caught(patch: pytest.MonkeyPatch, compiled: Plan, scripts: tuple[str, ...] = ("oracle", "random")) -> bool:
+    """Whether some generation differs from plain decoding; the answers are made before, by the right code."""
+    for sampling in (SAMPLINGS["greedy"], SAMPLINGS["hot"], SAMPLINGS["penalty"]):
+        for script in scripts:
+            if tokens(scripted(patch, compiled, sampling, script)) != plain(compiled, sampling):
+                return True
+    return False
+
+
+def prepared(compiled: Plan) -> Plan:
+    for sampling in (SAMPLINGS["greedy"], SAMPLINGS["hot"], SAMPLINGS["penalty"]):
+        plain(compiled, sampling)
+    return compiled
+
+
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts lose their place when the loop goes wrong; the comparison should say so, not they."""
+    right = Scripted.propose
+
+    def propose(self: Scripted, row: int, root: int) -> torch.Tensor:
+        try:
+            return right(self, row, root)
+        except AssertionError:
+            return torch.full((len(self.tree),), root)
+
+    monkeypatch.setattr(Scripted, "propose", propose)
+
+
+@pytest.mark.parametrize("kind", ["dense", "compressed"])
+def test_a_position_off_by_one_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, right = prepared(plan(*KINDS[kind])), Decoding.__init__
+    lenient(monkeypatch)
+
+    def shifted(self: Decoding, *args: Any, **options: Any) -> None:
+        right(self, *args, **options)
+        self._depths = self._depths + (self._depths > 0)
+
+    monkeypatch.setattr(Decoding, "__init__", shifted)
+    assert caught(monkeypatch, compiled)
+
+
+def test_a_path_across_a_page_that_leaves_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = prepared(plan("compressed"))
+    lenient(monkeypatch)
+    monkeypatch.setattr(Cache, "room", lambda self: [self.capacity - length for length in self.lengths])
+    assert caught(monkeypatch, compiled, ("oracle",))
+
+
+@pytest.mark.parametrize("kind", ["dense", "compressed"])
+def test_a_causal_mask_in_place_of_the_tree_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = prepared(plan(*KINDS[kind]))
+    lenient(monkeypatch)
+    right = generate._ancestors
+    monkeypatch.setattr(generate, "_ancestors", lambda parents: torch.ones_like(right(parents)).tril())
+    assert caught(monkeypatch, compiled)
+
+
+def test_a_child_taken_without_a_look_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, right = prepared(plan()), Decoding._walk
+    lenient(monkeypatch)
+
+    def careless(self: Decoding, drafts: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor) -> Any:
+        paths, fresh = right(self, drafts, positions, logits)
+        for number, path in enumerate(paths):
+            if len(path) == 1 and self._children[0] and len(self.rows[number].tokens) + 2 <= NEW:
+                path.append(self._children[0][0])
+                fresh[number].append(int(logits[number, path[-1]].argmax()))
+        return paths, fresh
+
+    monkeypatch.setattr(Decoding, "_walk", careless)
+    assert caught(monkeypatch, compiled, ("adversary",))
