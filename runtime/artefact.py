@@ -105,8 +105,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """A content hash of a tensor, such as the calibration tokens."""
-    flat = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
-    return hashlib.sha256(memoryview(flat)).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _write(draft: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Pool:
 
     def give(self, storage: torch.UntypedStorage) -> None:
         """Return a block."""
-        self.free.append(torch.empty(0, dtype=torch.uint8).set_(storage))  # type: ignore[call-overload]
+        self.free.append(torch.empty(0, dtype=torch.uint8).set_(storage))
 
 
 class Bound:

@@ -29,7 +29,7 @@ class Drafter(Protocol):
 
 def drafter(plan: DecodePlan, vocabulary: int, rows: int) -> Drafter:
     """The drafter that a decode plan names."""
-    kinds = {"recycle": Recycle, "heads": Heads}
+    kinds: dict[str, Callable[[DecodePlan, int, int], Drafter]] = {"recycle": Recycle, "heads": Heads}
     if plan.drafter not in kinds:
         hint = nearest(plan.drafter, kinds)
         raise SmeltError(f"unknown drafter '{plan.drafter}'{hint}; known: {', '.join(kinds)}")

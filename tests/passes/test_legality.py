@@ -75,7 +75,8 @@ REFUSED = {
     ),
     "encode twice": (
         (INSERT, ENCODE, ENCODE),
-        "step 3, cache.encode: keys of layer 0 must be dense, but are affine(bits=4, group=32, axis=channel, zero=True, "
+        "step 3, cache.encode: keys of layer 0 must be dense, but are "
+        "affine(bits=4, group=32, axis=channel, zero=True, "
         "scale=float16) since step 2, cache.encode: a cache is encoded once",
     ),
     "a tail shorter than a group": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,24 +46,42 @@ CODED: dict[str, Any] = {
 }
 
 
+class Case(NamedTuple):
+    """A small model and how it is stored."""
+
+    stored: str = "float32"
+    bits: int | None = None
+    drafter: str = "recycle"
+    family: str = "llama"
+
+
+DENSE, COMPRESSED = Case(), Case("compressed")
+CASES = {
+    "dense": DENSE,
+    "4-bit weights": Case("float16", 4),
+    "compressed": COMPRESSED,
+    "compressed, 4-bit weights": Case("compressed", 4),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
 @cache
-def plan(stored: str = "dense", bits: int | None = None, drafter: str = "recycle", family: str = "llama") -> Plan:
-    program = captured(family) if bits is None else quantized(captured(family), Affine(bits, 32))
-    program = cached(program, **(PAGED | CODED if stored == "compressed" else {"dense": stored}))
-    (Recycle(4, 14) if drafter == "recycle" else Heads(3, 4, 12)).apply(program, None)
+def plan(case: Case) -> Plan:
+    program = captured(case.family)
+    program = program if case.bits is None else quantized(program, Affine(case.bits, 32))
+    program = cached(program, **(PAGED | CODED if case.stored == "compressed" else {"dense": case.stored}))
+    (Recycle(4, 14) if case.drafter == "recycle" else Heads(3, 4, 12)).apply(program, None)
     return lower(program)
 
 
-KINDS = {
-    "dense": ("float32", None),
-    "4-bit weights": ("float16", 4),
-    "compressed": ("compressed", None),
-    "compressed, 4-bit weights": ("compressed", 4),
-}
+def tree_of(case: Case) -> Tree:
+    decoding = plan(case).program.decode
+    assert decoding is not None
+    return decoding.tree
 
 
-def decode(compiled: Plan, sampling: Sampling, speculate: bool = True, new: int = NEW, eos: Any = ()) -> Decoding:
-    session = Session(compiled, len(PROMPTS), max(map(len, PROMPTS)) + new - 1)
+def decode(case: Case, sampling: Sampling, speculate: bool = True, new: int = NEW, eos: Any = ()) -> Decoding:
+    session = Session(plan(case), len(PROMPTS), max(map(len, PROMPTS)) + new - 1)
     made = Decoding(session, PROMPTS, sampling, Limits(new, frozenset(eos)), speculate)
     for _ in made.run():
         pass
@@ -76,8 +94,8 @@ def tokens(made: Decoding) -> list[list[int]]:
 
 
 @cache
-def plain(compiled: Plan, sampling: Sampling, new: int = NEW) -> list[list[int]]:
-    made = decode(compiled, sampling, False, new)
+def plain(case: Case, sampling: Sampling, new: int = NEW) -> list[list[int]]:
+    made = decode(case, sampling, False, new)
     assert made.counts.steps == new - 1
     return tokens(made)
 
@@ -113,89 +131,84 @@ SCRIPTS: dict[str, Callable[[int, int, int], int]] = {
 }
 
 
-def scripted(patch: pytest.MonkeyPatch, compiled: Plan, sampling: Sampling, script: str, new: int = NEW) -> Decoding:
+def scripted(patch: pytest.MonkeyPatch, case: Case, sampling: Sampling, script: str, new: int = NEW) -> Decoding:
     """A generation whose drafts follow a script."""
-    answers = plain(compiled, sampling, new)
-    assert compiled.program.decode is not None
-    tree = compiled.program.decode.tree
+    answers, tree = plain(case, sampling, new), tree_of(case)
     patch.setattr(generate, "drafter", lambda *_: Scripted(answers, tree, SCRIPTS[script]))
-    return decode(compiled, sampling, new=new)
+    return decode(case, sampling, new=new)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_case
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("drafter", ["recycle", "heads"])
-def test_drafts_of_the_recipes_change_no_token(kind: str, sampling: Sampling, drafter: str) -> None:
-    compiled = plan(*KINDS[kind], drafter)
-    made = decode(compiled, sampling)
-    assert tokens(made) == plain(compiled, sampling)
+def test_drafts_of_the_recipes_change_no_token(case: Case, sampling: Sampling, drafter: str) -> None:
+    case = case._replace(drafter=drafter)
+    made = decode(case, sampling)
+    assert tokens(made) == plain(case, sampling)
     assert made.counts.steps <= NEW - 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_case
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_no_draft_changes_a_token(kind: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = plan(*KINDS[kind])
+def test_no_draft_changes_a_token(case: Case, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for sampling in SAMPLINGS.values():
-        assert tokens(scripted(monkeypatch, compiled, sampling, script)) == plain(compiled, sampling), sampling
+        assert tokens(scripted(monkeypatch, case, sampling, script)) == plain(case, sampling), sampling
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral", "gemma2"])
 def test_other_families_are_exact_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = plan("float32", None, "recycle", family)
+    case = Case(family=family)
     for sampling in (SAMPLINGS["greedy"], SAMPLINGS["hot"]):
-        assert tokens(decode(compiled, sampling)) == plain(compiled, sampling)
+        assert tokens(decode(case, sampling)) == plain(case, sampling)
         with monkeypatch.context() as patch:
-            assert tokens(scripted(patch, compiled, sampling, "random")) == plain(compiled, sampling)
+            assert tokens(scripted(patch, case, sampling, "random")) == plain(case, sampling)
 
 
 @pytest.mark.parametrize("sampling", [SAMPLINGS["greedy"], SAMPLINGS["hot"]], ids=["greedy", "hot"])
 def test_right_drafts_give_a_token_for_each_level_and_wrong_ones_a_token_a_step(
     sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = plan()
-    assert compiled.program.decode is not None
-    deepest = max(compiled.program.decode.tree.depths)
+    case, deepest = DENSE, max(tree_of(DENSE).depths)
     new = 1 + 6 * (deepest + 1)
     for script, steps in (("oracle", 6), ("duplicates", 6), ("adversary", new - 1), ("right once", (new - 1) / 2)):
-        made = scripted(monkeypatch, compiled, sampling, script, new)
+        made = scripted(monkeypatch, case, sampling, script, new)
         assert (made.counts.steps, made.counts.tokens) == (steps, len(PROMPTS) * (new - 1)), script
 
 
 def test_an_end_token_ends_a_row_in_the_middle_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, sampling = plan(), SAMPLINGS["hot"]
-    full = plain(compiled, sampling)
+    case, sampling = DENSE, SAMPLINGS["hot"]
+    full = plain(case, sampling)
     ends = {full[0][5], full[2][8]}
-    assert compiled.program.decode is not None
-    script = Scripted(full, compiled.program.decode.tree, SCRIPTS["oracle"])
+    script = Scripted(full, tree_of(case), SCRIPTS["oracle"])
     monkeypatch.setattr(generate, "drafter", lambda *_: script)
-    made = decode(compiled, sampling, eos=ends)
-    assert tokens(made) == tokens(decode(compiled, sampling, False, eos=ends))
+    made = decode(case, sampling, eos=ends)
+    assert tokens(made) == tokens(decode(case, sampling, False, eos=ends))
     assert {row.reason for row in made.rows} >= {"eos"}
 
 
 def test_the_context_ends_under_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tree may reach beyond the last position: those nodes are not read, and no row goes further than it may."""
-    compiled, sampling = plan("compressed"), SAMPLINGS["hot"]
+    case, sampling = COMPRESSED, SAMPLINGS["hot"]
     for new in (1, 2, 3, 4):
-        made = scripted(monkeypatch, compiled, sampling, "oracle", new)
-        assert tokens(made) == plain(compiled, sampling, new)
+        made = scripted(monkeypatch, case, sampling, "oracle", new)
+        assert tokens(made) == plain(case, sampling, new)
         assert made.session.cache.capacity == len(PROMPTS[3]) + new - 1 == made.session.cache.lengths[3]
 
 
-def caught(patch: pytest.MonkeyPatch, compiled: Plan, scripts: tuple[str, ...] = ("oracle", "random")) -> bool:
+def caught(patch: pytest.MonkeyPatch, case: Case, scripts: tuple[str, ...] = ("oracle", "random")) -> bool:
     """Whether some generation differs from plain decoding; the answers are made before, by the right code."""
     for sampling in (SAMPLINGS["greedy"], SAMPLINGS["hot"], SAMPLINGS["penalty"]):
         for script in scripts:
-            if tokens(scripted(patch, compiled, sampling, script)) != plain(compiled, sampling):
+            if tokens(scripted(patch, case, sampling, script)) != plain(case, sampling):
                 return True
     return False
 
 
-def prepared(compiled: Plan) -> Plan:
+def prepared(case: Case) -> Case:
+    """The case, plainly decoded before anything is broken."""
     for sampling in (SAMPLINGS["greedy"], SAMPLINGS["hot"], SAMPLINGS["penalty"]):
-        plain(compiled, sampling)
-    return compiled
+        plain(case, sampling)
+    return case
 
 
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +224,9 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scripted, "propose", propose)
 
 
-@pytest.mark.parametrize("kind", ["dense", "compressed"])
-def test_a_position_off_by_one_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, right = prepared(plan(*KINDS[kind])), Decoding.__init__
+@pytest.mark.parametrize("case", [DENSE, COMPRESSED], ids=["dense", "compressed"])
+def test_a_position_off_by_one_is_caught(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, right = prepared(case), Decoding.__init__
     lenient(monkeypatch)
 
     def shifted(self: Decoding, *args: Any, **options: Any) -> None:
@@ -221,27 +234,27 @@ def test_a_position_off_by_one_is_caught(kind: str, monkeypatch: pytest.MonkeyPa
         self._depths = self._depths + (self._depths > 0)
 
     monkeypatch.setattr(Decoding, "__init__", shifted)
-    assert caught(monkeypatch, compiled)
+    assert caught(monkeypatch, case)
 
 
 def test_a_path_across_a_page_that_leaves_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = prepared(plan("compressed"))
+    case = prepared(COMPRESSED)
     lenient(monkeypatch)
     monkeypatch.setattr(Cache, "room", lambda self: [self.capacity - length for length in self.lengths])
-    assert caught(monkeypatch, compiled, ("oracle",))
+    assert caught(monkeypatch, case, ("oracle",))
 
 
-@pytest.mark.parametrize("kind", ["dense", "compressed"])
-def test_a_causal_mask_in_place_of_the_tree_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = prepared(plan(*KINDS[kind]))
+@pytest.mark.parametrize("case", [DENSE, COMPRESSED], ids=["dense", "compressed"])
+def test_a_causal_mask_in_place_of_the_tree_is_caught(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared(case)
     lenient(monkeypatch)
     right = generate._ancestors
     monkeypatch.setattr(generate, "_ancestors", lambda parents: torch.ones_like(right(parents)).tril())
-    assert caught(monkeypatch, compiled)
+    assert caught(monkeypatch, case)
 
 
 def test_a_child_taken_without_a_look_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, right = prepared(plan()), Decoding._walk
+    case, right = prepared(DENSE), Decoding._walk
     lenient(monkeypatch)
 
     def careless(self: Decoding, drafts: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor) -> Any:
@@ -253,4 +266,4 @@ def test_a_child_taken_without_a_look_is_caught(monkeypatch: pytest.MonkeyPatch)
         return paths, fresh
 
     monkeypatch.setattr(Decoding, "_walk", careless)
-    assert caught(monkeypatch, compiled, ("adversary",))
+    assert caught(monkeypatch, case, ("adversary",))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +16,7 @@ from .show import columns, emit, note, size, waiting
 
 if TYPE_CHECKING:
     from ..model import Compiled
+    from ..passes.bisect import Bisection
     from ..passes.events import Event
     from ..recipes import Recipe
 
@@ -52,39 +54,31 @@ def compile_(
     smelt compile ./llama ./mine.yaml -o out.smelt --set cache.encode.tail=128
     smelt compile ./llama all-four --calibration text.txt --bisect
     """
-    from ..ir.errors import SmeltError
+    with waiting("loading", quiet=bool(os.environ.get("SMELT_DEBUG"))) as line:
+        from .. import debug
+        from ..ir.errors import SmeltError
 
-    if target not in ("cpp", "torch"):
-        raise SmeltError(f"--target {target}: choose cpp (generated kernels) or torch (the reference)")
-    if out is None and not bisect:
-        raise SmeltError("nowhere to write: name a folder with -o OUT")
-    if out is not None:
-        check_output(out)
-    with waiting("loading", quiet=bool(_debug_level())) as line:
+        debug.level()  # refuses what is no level
+        if target not in ("cpp", "torch"):
+            raise SmeltError(f"--target {target}: choose cpp (generated kernels) or torch (the reference)")
+        if out is None and not bisect:
+            raise SmeltError("nowhere to write: name a folder with -o OUT")
+        if out is not None:
+            check_output(out)
         resolved = _recipe(recipe, settings or [], print_after or [], stop_after, calibration)
-        if bisect:
-            _bisect(model, resolved, calibration, stop_after, max_kl, line, json)
-            return
-        assert out is not None
-        graphs: list[tuple[str, str]] = []
         line.say(f"capturing {model}")
-        with _last_graph(Path(f"{out}.failed.txt") if keep_failed else None):
-            compiled = _compile(
-                model, resolved, calibration, stop_after, target, no_fallback,
-                _listener(line.tell, print_after or [], graphs),
+        graphs: list[tuple[str, str]] = []
+        if out is None or bisect:
+            found = _bisect(model, resolved, calibration, stop_after, max_kl, line.tell)
+        else:
+            compiled = _write(
+                out, model, resolved, calibration, stop_after, target, no_fallback,
+                _listener(line.tell, print_after or [], graphs), keep_failed,
             )  # fmt: skip
-        line.say(f"writing {out}")
-        try:
-            compiled.save(out)
-        except OSError as fault:
-            raise SmeltError(f"{out}: cannot be written ({fault.strerror}); nothing was left behind") from fault
-    _tell(compiled, out, graphs, json)
-
-
-def _debug_level() -> int:
-    from .. import debug
-
-    return debug.level()
+    if out is None or bisect:
+        _tell_bisection(found, json)
+    else:
+        _tell(compiled, out, graphs, json)
 
 
 def _recipe(
@@ -107,7 +101,8 @@ def _recipe(
     return resolved
 
 
-def _compile(
+def _write(
+    out: Path,
     model: str,
     recipe: Recipe,
     calibration: Path | None,
@@ -115,15 +110,23 @@ def _compile(
     target: str,
     no_fallback: bool,
     listen: Callable[[Event], None],
+    keep_failed: bool,
 ) -> Compiled:
+    """Compile and save."""
     from .. import debug
     from ..compiler import compile as compile_model
+    from ..ir.errors import SmeltError
 
-    compiled = compile_model(
-        model, recipe, calibration=calibration, target=target, fallback=not no_fallback,  # type: ignore[arg-type]
-        listen=listen, stop_after=stop_after,
-    )  # fmt: skip
+    with _last_graph(Path(f"{out}.failed.txt") if keep_failed else None):
+        compiled = compile_model(
+            model, recipe, calibration=calibration, target=target, fallback=not no_fallback,  # type: ignore[arg-type]
+            listen=listen, stop_after=stop_after,
+        )  # fmt: skip
     debug.tell_kernels(compiled.plan)
+    try:
+        compiled.save(out)
+    except OSError as fault:
+        raise SmeltError(f"{out}: cannot be written ({fault.strerror}); nothing was left behind") from fault
     return compiled
 
 
@@ -161,27 +164,34 @@ def _last_graph(place: Path | None) -> Iterator[None]:
 
 
 def _bisect(
-    model: str, recipe: Recipe, calibration: Path | None, stop_after: str | None, max_kl: float, line: Any, json: bool
-) -> None:
+    model: str,
+    recipe: Recipe,
+    calibration: Path | None,
+    stop_after: str | None,
+    max_kl: float,
+    listen: Callable[[Event], None],
+) -> Bisection:
     from ..assets import model_assets
     from ..compiler import _samples
     from ..ir.capture import capture
     from ..ir.shapes import derive
     from ..passes.bisect import bisect
 
-    line.say(f"capturing {model}")
     program = capture(model)
     derive(program)
     samples = _samples(calibration, model_assets(model).folder, program.facts)
     names = [step.name for step in recipe.steps]
     steps = recipe.steps[: names.index(stop_after) + 1] if stop_after else recipe.steps
-    found = bisect(program, steps, samples, max_kl, line.tell)
+    return bisect(program, steps, samples, max_kl, listen)
+
+
+def _tell_bisection(found: Bisection, json: bool) -> None:
     if not json:
         print(found)
         return
-    plain = {"max_kl": max_kl, "steps": [vars(step) for step in found.steps], "note": found.note}
     guilty = vars(found.guilty) if found.guilty else None
-    emit({**plain, "guilty": guilty, "sites": [vars(site) for site in found.sites]})
+    steps, sites = ([vars(each) for each in members] for members in (found.steps, found.sites))
+    emit({"max_kl": found.max_kl, "steps": steps, "guilty": guilty, "sites": sites, "note": found.note})
 
 
 def _tell(compiled: Compiled, out: Path, graphs: list[tuple[str, str]], json: bool) -> None:
