@@ -16,8 +16,8 @@ from ..base import Effect, Exactness, Outcome, Pass, Samples, decoder_only
 from ..decode._trees import best_tree, expected_tokens
 from ._drill import Drill, Score, trained
 
-CHECKS = 5  # times that a training measures held-out loss; the weights of the lowest win
-MOST_HELD = 64  # held-out windows that are used: 8 thousand places tell hit rates to half a point
+CHECKS = 4  # times that a training measures held-out loss; the weights of the lowest win
+MOST_HELD = 32  # held-out windows that are used: 4 thousand places tell hit rates to half a point
 
 
 @dataclass(frozen=True)
