@@ -6,14 +6,8 @@ walks K in tiles of BLOCK_K and accumulates in float32: a row's result does not 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import sympy
@@ -22,8 +16,8 @@ import torch
 from ..ir.encoding import Encoding
 from ..ir.encoding.expr import loads
 from ..ir.errors import SmeltError
-from .build import cache
 from .printers import triton as printer
+from .triton_module import load
 
 K = sympy.Symbol("K", integer=True, positive=True)
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8", "uint8": "*u8"}
@@ -64,7 +58,7 @@ def signature(encoding: Encoding, bias: bool) -> dict[str, str]:
 
 def kernel(encoding: Encoding) -> Any:
     """The `triton.jit` function, for `launch`."""
-    return _module(source(encoding)).gemv
+    return load(source(encoding), "gemv").gemv
 
 
 def launch(
@@ -85,26 +79,6 @@ def launch(
 
 def _parts(encoding: Encoding) -> dict[str, str]:
     return {load.part: load.dtype for load in loads(encoding.expr((None, K)))}
-
-
-def _module(text: str) -> ModuleType:
-    """Triton reads a kernel's source from its file, so the text becomes one, named by its content."""
-    path = cache() / "triton" / f"gemv_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    return _import(path)
-
-
-def _import(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise SmeltError(f"cannot import the generated kernel {path}; delete it and it is written anew")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 _TEMPLATE = '''\

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 
@@ -47,17 +49,7 @@ def attention(
     return torch.softmax(logits, -1).to(value.dtype) @ value
 
 
-def _attention_shape(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
+def _attention_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
@@ -87,19 +79,6 @@ def cached_attention(
     return attention(query, key, value, None, sinks, scale, True, window, softcap)
 
 
-def _cached_shape(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor | None,
-    layer: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-
 def _cached_cost(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> Cost:
     b, h, t, d = query
     context = sympy.Symbol("S", integer=True, positive=True)
@@ -107,4 +86,4 @@ def _cached_cost(query: Shape, key: Shape, value: Shape, *_: object, **__: objec
     return Cost(flops=2 * sympy.sympify(b) * h * t * (context + t) * (d + value[3]), cache_values=read)
 
 
-CACHED_ATTENTION = define(cached_attention, _cached_shape, _cached_cost)
+CACHED_ATTENTION = define(cached_attention, _attention_shape, _cached_cost)

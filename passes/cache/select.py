@@ -31,6 +31,10 @@ class Select(Pass):
 
     Deviations: the paper prunes once a prompt is read and has no protected tail; here pages leave at decode time too,
     and sinks and tail are protected, because a plain norm rule drops the tokens that are being written about.
+
+    The rule is one of large models. In the bundled reference model of 6 layers it is the other way round: with half of
+    each page gone from 640 tokens, the next 128 cost a KL of 0.44 by lowest norm, 0.45 by recency, 0.24 at random and
+    0.17 by highest norm (2026-11).
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE

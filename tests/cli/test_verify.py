@@ -69,10 +69,11 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, text: Path) -> None:
     assert "--source MODEL" in notes["replay_kl"]
 
 
-def test_another_source_is_refused(text: Path, reference_path: Path, tmp_path: Path) -> None:
-    other = tiny.write_model(tmp_path / "other", vocab_size=4096)
+def test_a_source_that_it_was_not_made_from_is_refused(text: Path, reference_path: Path, tmp_path: Path) -> None:
     assert verify(tiny.artefact(), "--source", tmp_path / "nowhere", "--text", text).exit_code == 2
-    assert verify(tiny.artefact(), "--source", other, "--text", text).exit_code == 0
+    result = verify(tiny.artefact(), "--source", reference_path, "--text", text)
+    assert result.exit_code == 2
+    assert "its hidden is 256, the artefact's 64" in result.stderr
 
 
 def test_too_short_a_text_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def interpret() -> dict[str, float]:
         kernel = gemv_triton.kernel(encoding)
         worst[str(encoding)] = max(_error(kernel, encoding, m, rows) for m, rows in ((1, 63), (3, 129)))
     text = gemv_triton.source(Affine(4, 64))
-    mutant = gemv_triton._module(text.replace(" & 15", " & 7")).gemv
+    mutant = gemv_triton.load(text.replace(" & 15", " & 7"), "gemv").gemv
     assert text.count(" & 15") == 1
     worst[MUTANT] = _error(mutant, Affine(4, 64), 3, 63)
     return worst

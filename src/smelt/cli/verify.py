@@ -82,7 +82,7 @@ def _source(model: str, text: Text, compiled: Compiled) -> Source:
     from ..quality import Source
 
     plain = compile_model(model, "none")
-    for fact in ("family", "vocabulary"):
+    for fact in ("family", "vocabulary", "hidden", "context"):
         if plain.program.facts.get(fact) != compiled.program.facts.get(fact):
             raise SmeltError(
                 f"--source {model}: its {fact} is {plain.program.facts.get(fact)}, the artefact's "
