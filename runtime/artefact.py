@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file() or not (folder / SEAL).is_file():
         raise SmeltError(f"{folder}: not a smelt artefact (no {MANIFEST} and {SEAL}), or one that was half copied")
-    if _sha256(path) != (folder / SEAL).read_text(errors="replace").removesuffix("\n"):
+    if f"{_sha256(path)}\n".encode() != (folder / SEAL).read_bytes():
         raise SmeltError(f"{path}: content does not match {SEAL}; the file was altered or damaged")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -1,10 +1,11 @@
-"""The artefact: what is read back is what was written, any altered byte is found, and a folder is whole or not there."""
+"""The artefact: what is read back is what was written, an altered byte is found, a folder is whole or not there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -112,11 +113,9 @@ def test_every_altered_byte_is_found(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for name in sorted(FILES | set(ASSETS)):
-        folder = written(tmp_path / "a.smelt")
+        folder = written(tmp_path / name / "a.smelt")
         (folder / name).unlink()
-        with pytest.raises(
-            SmeltError, match=f"{name}.*missing" if name not in FILES or "manifest" not in name else name
-        ):
+        with pytest.raises(SmeltError, match="half copied" if "manifest" in name else f"{name}.*missing"):
             artefact.load(folder)
 
 
@@ -219,56 +218,47 @@ def test_what_stands_there_already(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(SmeltError, match=r"file/a\.smelt: cannot be written \(Not a directory\)"):
+    with pytest.raises(SmeltError, match=r"file/a\.smelt: cannot be written \("):
         written(tmp_path / "file" / "a.smelt")
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
-@pytest.mark.parametrize("place", ["first file", "hash", "sync", "away", "there"])
-def test_a_failure_in_the_middle_leaves_what_was_there(
-    place: str, fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise fault
+FAULTS = {
+    "the first file": ("smelt.runtime.artefact.save_file", 1),
+    "a hash": ("smelt.runtime.artefact._sha256", 2),
+    "writing to the disk": ("os.fsync", 3),
+    "moving the old one away": ("pathlib.Path.rename", 1),
+    "moving the new one there": ("pathlib.Path.rename", 2),
+}
 
+
+@pytest.mark.parametrize(
+    "fault", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError()], ids=repr
+)
+@pytest.mark.parametrize(("function", "time"), FAULTS.values(), ids=FAULTS)
+def test_a_failure_in_the_middle_leaves_what_was_there(
+    function: str, time: int, fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = written(tmp_path / "a.smelt")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    moves = []
+    place, name = function.rsplit(".", 1)
+    right, calls = getattr(pkgutil.resolve_name(place), name), []
 
-    def rename(self: Path, target: Path) -> Path:
-        moves.append(target)
-        if len(moves) == (1 if place == "away" else 2):
-            fail()
-        os.rename(self, target)
-        return target
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == time:
+            raise fault
+        return right(*args, **options)
 
-    with monkeypatch.context() as patch:
-        match place:
-            case "first file":
-                patch.setattr(artefact, "save_file", fail)
-            case "hash":
-                patch.setattr(artefact, "_sha256", fail)
-            case "sync":
-                patch.setattr(os, "fsync", fail)
-            case _:
-                patch.setattr(Path, "rename", rename)
-        with pytest.raises((SmeltError, KeyboardInterrupt, RuntimeError)):
-            written(folder, captured("gpt2"))
-        with pytest.raises((SmeltError, KeyboardInterrupt, RuntimeError)) if place != "there" else no_error():
-            written(tmp_path / "fresh.smelt", captured("gpt2"))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] in (
-        ["a.smelt"],
-        ["a.smelt", "fresh.smelt"],
-        ["fresh.smelt", "a.smelt"],
-    )
+    monkeypatch.setattr(function, failing)
+    for target in (folder, tmp_path / "fresh.smelt"):
+        if target != folder and name == "rename":
+            continue  # one move, which the system makes at once
+        calls.clear()
+        with pytest.raises(SmeltError if isinstance(fault, OSError) else type(fault)):
+            written(target, captured("gpt2"))
+        assert [path.name for path in tmp_path.iterdir()] == ["a.smelt"]
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     artefact.load(folder)
-
-
-def no_error() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def test_weights_stay_in_their_file() -> None:
