@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -45,8 +45,11 @@ class RowKernel:
             wanted = torch.int64 if name in ("ids", "positions") else torch.float32
             if isinstance(value, torch.Tensor) and value.dtype is not wanted:
                 raise SmeltError(f"{self.name}: '{name}' is {value.dtype}, the kernel takes {wanted}")
-        library = build(self.source, self.name.split(".")[0])  # kernels of one source share one build
-        return self.binder(library, args, out)
+        return self.binder(self._library, args, out)
+
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        return build(self.source, self.name.split(".")[0])  # kernels of one source share one build
 
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of tensor arguments that must be copied to be contiguous first."""

@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file() or not (folder / SEAL).is_file():
         raise SmeltError(f"{folder}: not a smelt artefact (no {MANIFEST} and {SEAL}), or one that was half copied")
-    if f"{_sha256(path)}\n".encode() != (folder / SEAL).read_bytes():
+    if _sha256(path).encode() != (folder / SEAL).read_bytes():
         raise SmeltError(f"{path}: content does not match {SEAL}; the file was altered or damaged")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def _write(draft: Path, program: Program, assets: Mapping[str, bytes], facts: Ma
     files = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
     manifest = {**facts, "format": FORMAT, "weights": weights, "files": files}
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    (draft / SEAL).write_text(_sha256(draft / MANIFEST) + "\n")
+    (draft / SEAL).write_text(_sha256(draft / MANIFEST))
     for path in draft.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -70,6 +70,8 @@ class Bound:
         self._values: dict[fx.Node, Any] = {}
         self._unread = {node: len(node.users) for node in plan.program.graph.nodes}
         self._holders: dict[int, int] = {}  # nodes whose value lies in the block at an address
+        self._metas: dict[Any, Any] = {}
+        self._fixed = {t.untyped_storage().data_ptr() for t in (*inputs.values(), *decoded.values())}
         for node in plan.program.graph.nodes:
             self._bind(node)
         self._values.clear()
@@ -110,11 +112,10 @@ class Bound:
             self._unread[used] -= 1
             if not self._unread[used] and used.op == "call_function":
                 dead.append(used)
-        fixed = {t.untyped_storage().data_ptr() for t in (*self.inputs.values(), *self._decoded.values())}
         for gone in dead:
             for at, storage in _addresses(self._values[gone]).items():
                 self._holders[at] -= 1
-                if not self._holders[at] and at not in fixed:
+                if not self._holders[at] and at not in self._fixed:
                     self._pool.give(storage)
 
     def _of_node(self, node: fx.Node) -> Any:
@@ -124,6 +125,7 @@ class Bound:
         """A small weight decoded once, shared by every binding of a session."""
         if name not in self._decoded:
             self._decoded[name] = self.plan.program.weights[name].dense().contiguous()
+        self._fixed.add(self._decoded[name].untyped_storage().data_ptr())
         return self._decoded[name]
 
     def _kernel(self, node: fx.Node) -> Any:
@@ -131,7 +133,7 @@ class Bound:
         kernel = choice.bulk if self.bulk and choice.bulk is not None else choice.kernel
         args = self._arguments(node)
         spare = self._copies(kernel, args)
-        meta = _on_meta(node.target, args)
+        meta = _on_meta(node.target, args, self._metas)
         out = self._pool.take(meta) if isinstance(meta, torch.Tensor) else tuple(self._pool.take(m) for m in meta)
         self.calls.append(kernel.bind(args, out))
         self._return(spare)
@@ -169,7 +171,7 @@ class Bound:
             raise SmeltError(f"{node.name} reads a cache: run this program through generate or with a cache")
         spare = self._copies(kernel, args)
         # [B, T, H, E] in memory, so that the transpose behind attention is a view
-        out = self._pool.take(_on_meta(node.target, args).transpose(1, 2)).transpose(1, 2)
+        out = self._pool.take(_on_meta(node.target, args, self._metas).transpose(1, 2)).transpose(1, 2)
         self.calls.append(partial(self.cache.append, int(args["layer"]), args["key"], args["value"]))
         self.calls.append(kernel.attend(self.cache, args, out))
         self._return(spare)
@@ -199,8 +201,15 @@ def _addresses(value: Any) -> dict[int, torch.UntypedStorage]:
     return {}
 
 
-def _on_meta(target: Any, args: Mapping[str, Any]) -> Any:
-    """The result of an op on tensors without storage: its shape and dtype."""
+def _on_meta(target: Any, args: Mapping[str, Any], known: dict[Any, Any]) -> Any:
+    """The result of an op on tensors without storage: its shape and dtype; layers ask the same again (`known`)."""
+
+    def described(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.shape, value.stride(), value.dtype
+        if isinstance(value, Weight):
+            return value.shape
+        return tuple(map(described, value)) if isinstance(value, list | tuple) else value
 
     def meta(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -209,4 +218,7 @@ def _on_meta(target: Any, args: Mapping[str, Any]) -> Any:
             return torch.empty(value.shape, device="meta")
         return [meta(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return target(**{name: meta(value) for name, value in args.items()})
+    key = (target, *((type(value), described(value)) for value in args.values()))
+    if key not in known:
+        known[key] = target(**{name: meta(value) for name, value in args.items()})
+    return known[key]

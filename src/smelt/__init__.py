@@ -28,6 +28,11 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    """Public names are listed before they are imported."""
+    return sorted({*globals(), *__all__})
+
+
 def reference_model() -> _Path:
     """The folder of the bundled reference decoder (Llama layout, 5.8 M parameters, fp16), with its tokenizer."""
     return _here / "reference"

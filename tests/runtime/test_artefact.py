@@ -43,7 +43,7 @@ def sealed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
-    (folder / "manifest.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "\n")
+    (folder / "manifest.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
     return folder
 
 
@@ -173,7 +173,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
     folder = written(tmp_path / "a.smelt")
     for content in (b"[1]", b"{", b"\xff"):
         (folder / "manifest.json").write_bytes(content)
-        (folder / "manifest.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+        (folder / "manifest.sha256").write_text(hashlib.sha256(content).hexdigest())
         with pytest.raises(SmeltError, match=r"manifest\.json: (not JSON|artefact format None)"):
             artefact.load(folder)
 
