@@ -225,7 +225,7 @@ def test_a_step_allocates_nothing(stored: str, bits: int | None) -> None:
         position.add_(1)
 
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         for _ in range(4):
             step()
     assert recorded.profiler is not None
