@@ -21,15 +21,13 @@ struct Call {
   const int64_t *positions;         // [B, T]
   const uint64_t *visible;          // [B, T, ceil(T / 64)]: which new tokens a new token sees
   const float *sinks;               // [H], or null
-  float *work;                      // per row: G, and for every chunk QUERIES * H * (padded E + 2)
+  int32_t *finished;                // for a block of queries and row: G zeros
+  float *work;                      // for a block of queries and row: a chunk's QUERIES * H * (padded E + 2)
+  int64_t blocks;                   // of queries that the scratch holds
   float scale, softcap;             // softcap 0: none
-  int32_t threads;
 };
 
 namespace {
-static inline f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
-  return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
-}
 static inline f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
 static inline float top(f32x16 v) {
   float s[16];
@@ -39,7 +37,7 @@ static inline float top(f32x16 v) {
   return s[0];
 }
 // e^x for x <= 88, to 2 ulp; below -87 it stays at e^-87, which no float32 sum next to a 1 notices
-static inline f32x16 exponential(f32x16 x) {
+static inline f32x16 decay(f32x16 x) {
   x = larger(x, splat(-87.0f));
   f32x16 shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
   f32x16 whole = shifted - 12582912.0f;
@@ -53,9 +51,9 @@ static inline f32x16 exponential(f32x16 x) {
   p = p * f + 1.0f;
   return (f32x16)((i32x16)p + ((i32x16)shifted << 23));
 }
-static inline float exponential(float x) { return exponential(splat(x))[0]; }
+static inline float decay(float x) { return decay(splat(x))[0]; }
 static inline f32x16 tangent(f32x16 x) {  // tanh, to 1e-7 absolute
-  f32x16 e = exponential(larger(splat(-9.0f), -larger(splat(-9.0f), -x)) * 2.0f);
+  f32x16 e = decay(larger(splat(-9.0f), -larger(splat(-9.0f), -x)) * 2.0f);
   return (e - 1.0f) / (e + 1.0f);
 }
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

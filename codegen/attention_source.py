@@ -8,22 +8,24 @@ from ..ir.cache import Site
 from .attention_header import HEADER
 from .attention_loaders import Body, dense_row, row
 from .attention_template import BODY, EMPTY_BODY, KERNEL
-from .printers.cpp import CTYPES, LANES, PRELUDE, scalar
+from .printers.cpp import CTYPES, LANES, scalar
+from .rows_source import MATH
+from .unit import Function
 
 CHUNK = 512  # tokens of a unit of work: 64 kB of 4-bit keys and values of 128 channels
+SCRATCH = 1 << 22  # floats that a step over many tokens may take, 16 MiB
 PARTS = 8  # most parts of keys and values together
 
 
-def source(site: Site, name: str = "attend", prelude: bool = True) -> str:
-    """The C++ of a site's kernel, `extern "C" void name(const Buffers*, const Call*)`.
+def function(site: Site) -> Function:
+    """A site's kernel, whose words are the addresses of a `Buffers` and a `Call`.
 
-    `prelude=False` leaves out what several kernels in one file share. Raises NotImplementedError where an encoding
-    cannot be printed.
+    Raises NotImplementedError where an encoding cannot be printed.
     """
     kept = site.kept if site.tail is not None else 0
     tile, body = _body(site) if kept else (LANES, EMPTY_BODY)
     text = KERNEL.substitute(
-        name=name,
+        name="$name",
         heads=site.heads,
         groups=site.kv_heads,
         key_dim=site.key_dim,
@@ -41,7 +43,7 @@ def source(site: Site, name: str = "attend", prelude: bool = True) -> str:
         dense_values=_lines(dense_row(site.dense, site.value_dim), 2),
         body_scan=body,
     )
-    return (PRELUDE + HEADER if prelude else "") + text
+    return Function.of(f"attention_{site.heads}x{site.kv_heads}x{site.key_dim}", text, (MATH, HEADER))
 
 
 def queries(site: Site) -> int:
@@ -54,11 +56,16 @@ def pages_a_chunk(site: Site) -> int:
     return max(1, CHUNK // max(site.kept, 1))
 
 
-def scratch(site: Site, rows: int, slots: int, width: int) -> int:
-    """Floats of `Call.work` for a batch whose rows have `slots` pages of body and `width` slots of tail."""
+def scratch(site: Site, rows: int, slots: int, width: int, tokens: int) -> tuple[int, int]:
+    """Floats of `Call.work`, and the blocks of queries that they serve at once.
+
+    For a step of `tokens` new tokens on a batch whose rows have `slots` pages of body and `width` slots of tail.
+    """
     chunks = -(-slots // pages_a_chunk(site)) - (-width // CHUNK)
     padded = -(-site.value_dim // LANES) * LANES
-    return rows * (site.kv_heads + chunks * site.heads * queries(site) * (padded + 2))
+    block = rows * chunks * site.heads * queries(site) * (padded + 2)
+    blocks = max(1, min(-(-tokens // queries(site)), SCRATCH // block))
+    return blocks * block, blocks
 
 
 def parts(site: Site) -> list[tuple[str, str, torch.Tensor]]:

@@ -88,13 +88,13 @@ __attribute__((noinline)) void tile(
     }
     float peak = top(highest), old = most[r];
     if (peak > old) {
-      float shrink = exponential(old - peak);
+      float shrink = decay(old - peak);
       most[r] = peak;
       total[r] *= shrink;
       for (int64_t e = 0; e < EP; e += 16) store(acc + r * EP + e, load<f32x16>(acc + r * EP + e) * shrink);
     }
     for (int h = 0; h < halves; h++) {
-      f32x16 p = (f32x16)((i32x16)exponential(s[h] - most[r]) & mask[h]);
+      f32x16 p = (f32x16)((i32x16)decay(s[h] - most[r]) & mask[h]);
       parts[r] += p;
       if (SPANS == 0) store(weight + r * 32 + 16 * h, p);
       for (int64_t span = 0; span < SPANS; span++) {
@@ -238,12 +238,12 @@ static inline void merge(const Call& call, int64_t h, int64_t slot, int64_t chun
   }
   if (real && call.sinks) {
     most = call.sinks[h] > most ? call.sinks[h] : most;
-    total = exponential(call.sinks[h] - most);
+    total = decay(call.sinks[h] - most);
   }
   for (int64_t c = 0; c < chunks; c++) {
     const float *state = states + c * STATE, part = state[QUERIES * R * (EP + 1) + in];
     if (part == 0) continue;
-    float factor = exponential(state[QUERIES * R * EP + in] - most);
+    float factor = decay(state[QUERIES * R * EP + in] - most);
     total += part * factor;
     for (int64_t e = 0; e < EP; e += 16)
       store(mixed + e, load<f32x16>(mixed + e) + load<f32x16>(state + in * EP + e) * factor);
@@ -251,44 +251,43 @@ static inline void merge(const Call& call, int64_t h, int64_t slot, int64_t chun
   for (int64_t e = 0; e < E; e++) out[e] = real ? mixed[e] / total : 0;
 }
 
-static void run(const Buffers& at, const Call& call) {
-  int64_t chunks = 0, tokens = 0;
+static void run(Rank& rank, const Buffers& at, const Call& call) {
+  int64_t chunks = 0;
   for (int64_t b = 0; b < at.rows; b++) {
     const int32_t* counts = at.counts + 4 * b;
     int64_t n = body_chunks(counts) + (counts[2] + call.tokens + CHUNK - 1) / CHUNK;
     chunks = n > chunks ? n : chunks;
-    tokens += counts[0] + counts[1] + counts[2] + call.tokens;
   }
-  const int64_t pairs = at.rows * G, units = pairs * chunks;
-  int32_t* finished = (int32_t*)call.work;  // chunks of a pair of row and KV head that are done
-  float* states = call.work + pairs;
-  for (int64_t t0 = 0; t0 < call.tokens; t0 += QUERIES) {
-    const int64_t queries = call.tokens - t0 < QUERIES ? call.tokens - t0 : QUERIES;
-    for (int64_t pair = 0; pair < pairs; pair++) finished[pair] = 0;
-    // below some 10^6 products (20 us on one core) a second thread costs more than it brings
-    const bool parallel = units > 1 && tokens * queries * H * (D + E) > 1000000;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) if (parallel)
-    for (int64_t i = 0; i < units; i++) {
-      const int64_t pair = i / chunks, c = i % chunks, b = pair / G, g = pair % G;
+  const int64_t pairs = at.rows * G, blocks = (call.tokens + QUERIES - 1) / QUERIES;
+  int32_t* finished = call.finished;  // done chunks of a block of queries, row and KV head; 0 between steps
+  float* states = call.work;
+  for (int64_t first = 0; first < blocks; first += call.blocks) {  // as many blocks at once as there is scratch for
+    if (first) meet(rank);
+    const int64_t held = blocks - first < call.blocks ? blocks - first : call.blocks;
+    share(rank, held * pairs * chunks, [&](int64_t i) {
+      const int64_t c = i % chunks, place = i / chunks, pair = place % pairs, b = pair / G, g = pair % G;
+      const int64_t t0 = (first + place / pairs) * QUERIES;
+      const int64_t queries = call.tokens - t0 < QUERIES ? call.tokens - t0 : QUERIES;
       const int64_t body = body_chunks(at.counts + 4 * b);
       Unit unit(at, call, b, g, t0, queries, states + i * STATE);
       if (c == 0 && SINK && at.counts[4 * b]) unit.sink();
       if (c < body) unit.body(c);
       else unit.tail((c - body) * CHUNK, (c - body + 1) * CHUNK);
-      // whoever finishes the last chunk of a pair merges them, always in their order: no barrier between the passes
-      if (__atomic_add_fetch(&finished[pair], 1, __ATOMIC_ACQ_REL) < chunks) continue;
+      // whoever finishes the last chunk of a place merges them, always in their order: no meeting between the passes
+      if (__atomic_add_fetch(&finished[place], 1, __ATOMIC_ACQ_REL) < chunks) return;
+      __atomic_store_n(&finished[place], 0, __ATOMIC_RELAXED);
       for (int64_t h = g * R; h < (g + 1) * R; h++)
         for (int64_t slot = 0; slot < queries; slot++) {
           float* out = call.out + b * call.out_row + h * call.out_head + (t0 + slot) * call.out_token;
-          merge(call, h, slot, chunks, states + pair * chunks * STATE, out);
+          merge(call, h, slot, chunks, states + place * chunks * STATE, out);
         }
-    }
+    });
   }
 }
 }  // namespace
 }  // namespace ${name}_of
 
-extern "C" void $name(const Buffers* at, const Call* call) { ${name}_of::run(*at, *call); }
+static void $name(Rank& rank, const int64_t* c) { ${name}_of::run(rank, *(const Buffers*)c[1], *(const Call*)c[2]); }
 """)
 
 BODY = Template("""\

@@ -1,8 +1,12 @@
 """The Triton text of attention over segments; `attention_triton.py` fills in a site's shapes and loaders.
 
-A program computes the query rows m = (new token, head of the group) of one (row, KV head) over one chunk of tokens, and
-leaves a weighted value, a maximum and a sum; `merge` joins the chunks. Sums are float32; products of rows and tiles
-take operands of the site's dense type (float32: without TF32).
+A unit of work is M query rows m = (new token, head of the group) of one (row, KV head), over all tiles of tokens that
+the row stores. The tiles of all units lie end to end, units of a row in order, and every program of a fixed grid takes
+an equal stretch of them (Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase of
+Transformers, 2024, arXiv 2405.10480). A unit inside a stretch is finished at once. One that is cut leaves a weighted
+value, a maximum and a sum for each piece, and `merge` joins the pieces in their order. Where the cuts fall follows from
+the counts on the device. Sums are float32; products of rows and tiles take operands of the site's dense type (float32:
+without TF32).
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ def value_rows(x, n, live):
 
 
 @triton.jit
-def score(query, shift, keys, live, softcap, SOFTCAP: tl.constexpr):
-    s = tl.dot(query.to(tl.$compute), tl.trans(keys.to(tl.$compute)), input_precision="ieee") + shift[:, None]
+def score(query, keys, live, softcap, SOFTCAP: tl.constexpr):
+    s = tl.dot(query.to(tl.$compute), tl.trans(keys.to(tl.$compute)), input_precision="ieee")
     if SOFTCAP:
         s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
     return tl.where(live, s, float("-inf"))
@@ -52,131 +56,193 @@ def mix(p, values):
 
 $body_loaders
 @triton.jit
-def attend(
-    q, work, stats, sink_k, sink_v, tail_k, tail_v$parameters, places, counts, positions, visible,
-    q_row, q_head, q_token, T, W, P, scale, softcap, SOFTCAP: tl.constexpr, M: tl.constexpr,
-):
-    pair, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, g = pair // $groups, pair % $groups
-    m = tl.program_id(2) * M + tl.arange(0, M)
-    t = (m // $group).to(tl.int64)
-    inside = t < T
-    words = (T + 63) // 64
-    own = tl.load(visible + (b * T + t) * words + t // 64, mask=inside, other=0)
-    real = ((own >> (t % 64)) & 1) != 0
-    at = tl.load(positions + b * T + t, mask=inside, other=0)
-    k = tl.arange(0, $key_pad)[None, :]
-    heads = b * q_row + (g * $group + m % $group) * q_head + t * q_token
-    query = tl.load(q + heads[:, None] + k, mask=inside[:, None] & (k < $key_dim), other=0).to(tl.float32) * scale
-    zeros = tl.zeros((M,), tl.float32)
-    most, total, acc = zeros + float("-inf"), zeros, tl.zeros((M, $value_pad), tl.float32)
-    n_sink, n_body = tl.load(counts + 4 * b), tl.load(counts + 4 * b + 1)
-    n_tail, length = tl.load(counts + 4 * b + 2), tl.load(counts + 4 * b + 3)
-$sink_scan
-$body_scan
-    low = (c - chunks) * $chunk
-    high = tl.minimum(low + $chunk, n_tail + T)
-    for first in range(tl.where(c < chunks, high, low), high, $tile):
-        slot = first + tl.arange(0, $tile)
-        new = (slot - n_tail).to(tl.int64)
-        fresh = (new >= 0) & (new < T)
-        itself = tl.load(visible + (b * T + new) * words + new // 64, mask=fresh, other=0)
-        holds = (slot < n_tail) | (fresh & (((itself >> (new % 64)) & 1) != 0))  # padding may hold anything
-        seen = tl.load(
-            visible + (b * T + t[:, None]) * words + new[None, :] // 64, mask=inside[:, None] & fresh[None, :], other=0
-        )
-        live = real[:, None] & ((slot < n_tail)[None, :] | (((seen >> (new[None, :] % 64)) & 1) != 0))
-        live = live & holds[None, :]
-        if $window:
-            place = tl.load(positions + b * T + new, mask=fresh, other=0)
-            place = tl.where(fresh, place, (length - n_tail + slot).to(tl.int64))
-            live = live & (at[:, None] - place[None, :] < $window)
-        n = slot[:, None].to(tl.int64)
-        keys = key_rows(tail_k + pair * W * $key_dim, n, holds[:, None])
-        p, most, total, acc = weigh(score(query, zeros, keys, live, softcap, SOFTCAP), most, total, acc)
-        acc += mix(p, value_rows(tail_v + pair * W * $value_dim, n, holds[:, None]))
-
-    e = tl.arange(0, $value_pad)[None, :]
-    slot = (pair * tl.num_programs(1) + c) * T * $group + m
-    tl.store(work + slot[:, None] * $value_dim + e, acc, mask=inside[:, None] & (e < $value_dim))
-    tl.store(stats + slot * 2, most, mask=inside)
-    tl.store(stats + slot * 2 + 1, total, mask=inside)
+def tiles_of(counts, here, T):
+    """Tiles of one or more rows in sink, body and tail, and how many the window skips in front of the tail's."""
+    n_sink, n_body = tl.load(counts, mask=here, other=0), tl.load(counts + 1, mask=here, other=0)
+    n_tail, length = tl.load(counts + 2, mask=here, other=0), tl.load(counts + 3, mask=here, other=0)
+    sink, skipped = (n_sink + $tile - 1) // $tile, n_tail * 0
+    if $window:  # new tokens stand at the row's length or behind it
+        sink = tl.where(length - (n_sink - 1) < $window, sink, 0)
+        skipped = tl.maximum(n_tail - $window + 1, 0) // $tile
+    return sink, $body_tiles, (n_tail + T + $tile - 1) // $tile - skipped, skipped
 
 
 @triton.jit
-def merge(work, stats, sinks, out, out_row, out_head, out_token, T, chunks, SINKS: tl.constexpr):
+def laid(counts, B, T, blocks, BATCH: tl.constexpr):
+    """Row numbers, and the tiles that all units of each row have together."""
+    rows = tl.arange(0, BATCH)
+    sink, body, tail, skipped = tiles_of(counts + 4 * rows, rows < B, T)
+    return rows, tl.where(rows < B, sink + body + tail, 0).to(tl.int64) * ($groups * blocks)
+
+
+@triton.jit
+def attend(
+    q, out, work, stats, sink_k, sink_v, tail_k, tail_v$parameters, places, counts, positions, visible, sinks,
+    q_row, q_head, q_token, out_row, out_head, out_token, B, T, W, P, scale, softcap,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, BATCH: tl.constexpr, M: tl.constexpr,
+):
+    blocks = (T * $group + M - 1) // M
+    rows, each = laid(counts, B, T, blocks, BATCH)
+    upto, all_tiles = tl.cumsum(each, 0), tl.sum(each, 0)
+    programs, program = tl.minimum(tl.num_programs(0), all_tiles), tl.program_id(0).to(tl.int64)
+    i = tl.minimum(program, programs) * all_tiles // programs
+    end = tl.minimum(program + 1, programs) * all_tiles // programs
+    while i < end:
+        b = tl.sum((upto <= i).to(tl.int32), 0).to(tl.int64)
+        n_sink_tiles, n_body_tiles, n_tail_tiles, skipped = tiles_of(counts + 4 * b, b < B, T)
+        many = n_sink_tiles + n_body_tiles + n_tail_tiles
+        inside_row = i - tl.sum(tl.where(rows < b, each, 0), 0)
+        unit = (inside_row // many).to(tl.int32)
+        low = (inside_row % many).to(tl.int32)
+        high = tl.minimum(low + end - i, many).to(tl.int32)
+        g, block = unit // blocks, unit % blocks
+        pair = b * $groups + g
+        m = block * M + tl.arange(0, M)
+        t, head = (m // $group).to(tl.int64), g * $group + m % $group
+        inside = t < T
+        words = (T + 63) // 64
+        own = tl.load(visible + (b * T + t) * words + t // 64, mask=inside, other=0)
+        real = ((own >> (t % 64)) & 1) != 0
+        at = tl.load(positions + b * T + t, mask=inside, other=0)
+        k = tl.arange(0, $key_pad)[None, :]
+        heads = b * q_row + head * q_head + t * q_token
+        query = tl.load(q + heads[:, None] + k, mask=inside[:, None] & (k < $key_dim), other=0).to(tl.float32) * scale
+        zeros = tl.zeros((M,), tl.float32)
+        most, total, acc = zeros + float("-inf"), zeros, tl.zeros((M, $value_pad), tl.float32)
+        n_tail, length = tl.load(counts + 4 * b + 2), tl.load(counts + 4 * b + 3)
+$sink_scan
+$body_scan
+        before = n_sink_tiles + n_body_tiles - skipped
+        row = tl.arange(0, $tile)
+        whole = n_tail // $tile  # tiles of stored tokens alone: no bitset to read
+        for tile in range(tl.maximum(low - before, skipped), tl.minimum(high - before, whole)):
+            live = real[:, None] & (row >= 0)[None, :]
+            if $window:
+                live = live & (at[:, None] - (length - n_tail + tile * $tile + row)[None, :] < $window)
+            first, n = pair * W + tile * $tile, row[:, None]
+            keys = key_rows(tail_k + first * $key_dim, n, n >= 0)
+            p, most, total, acc = weigh(score(query, keys, live, softcap, SOFTCAP), most, total, acc)
+            acc += mix(p, value_rows(tail_v + first * $value_dim, n, n >= 0))
+        for tile in range(tl.maximum(low - before, tl.maximum(skipped, whole)), high - before):
+            slot = tile * $tile + row
+            new = slot - n_tail
+            fresh = (new >= 0) & (new < T)
+            itself = tl.load(visible + (b * T + new) * words + new // 64, mask=fresh, other=0)
+            holds = (slot < n_tail) | (fresh & (((itself >> (new % 64)) & 1) != 0))  # padding may hold anything
+            seen = tl.load(
+                visible + (b * T + t[:, None]) * words + new[None, :] // 64,
+                mask=inside[:, None] & fresh[None, :], other=0,
+            )
+            live = real[:, None] & ((slot < n_tail)[None, :] | (((seen >> (new[None, :] % 64)) & 1) != 0))
+            live = live & holds[None, :]
+            if $window:
+                place = tl.load(positions + b * T + new, mask=fresh, other=0)
+                place = tl.where(fresh, place, (length - n_tail + slot).to(tl.int64))
+                live = live & (at[:, None] - place[None, :] < $window)
+            first, n = pair * W + tile * $tile, row[:, None]
+            keys = key_rows(tail_k + first * $key_dim, n, holds[:, None])
+            p, most, total, acc = weigh(score(query, keys, live, softcap, SOFTCAP), most, total, acc)
+            acc += mix(p, value_rows(tail_v + first * $value_dim, n, holds[:, None]))
+
+        e = tl.arange(0, $value_pad)[None, :]
+        if high - low == many:
+            seen_any, peak = most > float("-inf"), most
+            if SINKS:
+                sink = tl.load(sinks + head)
+                peak = tl.maximum(most, sink)
+                total = total * tl.exp(most - peak) + tl.exp(sink - peak)
+                acc = acc * tl.exp(most - peak)[:, None]
+            value = tl.where(seen_any[:, None], acc / tl.where(seen_any, total, 1.0)[:, None], 0.0)
+            to = b * out_row + head * out_head + t * out_token
+            tl.store(out + to[:, None] + e, value, mask=inside[:, None] & (e < $value_dim))
+        else:  # a program begins at most one unit that others finish, and ends at most one that others began
+            piece = (2 * program + (low == 0).to(tl.int64)) * M + tl.arange(0, M)
+            tl.store(work + piece[:, None] * $value_dim + e, acc, mask=inside[:, None] & (e < $value_dim))
+            tl.store(stats + piece * 2, most, mask=inside)
+            tl.store(stats + piece * 2 + 1, total, mask=inside)
+        i += high - low
+
+
+@triton.jit
+def merge(
+    work, stats, sinks, out, counts, out_row, out_head, out_token, B, T, P,
+    SINKS: tl.constexpr, BATCH: tl.constexpr, M: tl.constexpr,
+):
+    """One output row from the pieces of its unit, if the unit was cut; P programs computed them."""
     row = tl.program_id(0).to(tl.int64)
     b, h, t = row // ($heads * T), row // T % $heads, row % T
-    e = tl.arange(0, $value_pad)
-    first = (b * $groups + h // $group) * chunks * T * $group + t * $group + h % $group
-    most = tl.load(stats + first * 2)
-    for c in range(1, chunks):
-        most = tl.maximum(most, tl.load(stats + (first + c * T * $group) * 2))
-    real = most > float("-inf")
-    total = 0.0
-    if SINKS:
-        sink = tl.load(sinks + h)
-        most = tl.maximum(most, sink)
-        total += tl.exp(sink - most)
-    most = tl.where(most == float("-inf"), 0.0, most)
-    acc = tl.zeros(($value_pad,), tl.float32)
-    for c in range(0, chunks):
-        slot = first + c * T * $group
-        share = tl.exp(tl.load(stats + slot * 2) - most)
-        total += share * tl.load(stats + slot * 2 + 1)
-        acc += share * tl.load(work + slot * $value_dim + e, mask=e < $value_dim, other=0)
-    value = tl.where(real, acc / tl.where(real, total, 1.0), 0.0)
-    tl.store(out + b * out_row + h * out_head + t * out_token + e, value, mask=e < $value_dim)
+    g, m = h // $group, t * $group + h % $group
+    blocks = (T * $group + M - 1) // M
+    rows, each = laid(counts, B, T, blocks, BATCH)
+    all_tiles = tl.sum(each, 0)
+    programs = tl.minimum(P, all_tiles)
+    many = tl.sum(tl.where(rows == b, each, 0), 0) // ($groups * blocks)
+    start = tl.sum(tl.where(rows < b, each, 0), 0) + (g * blocks + m // M) * many
+    # program p computes the tiles from p * all // programs on
+    first = ((start + 1) * programs - 1) // all_tiles
+    last = ((start + many) * programs - 1) // all_tiles
+    if first < last:
+        e = tl.arange(0, $value_pad)
+        most, total, acc = float("-inf"), 0.0, tl.zeros(($value_pad,), tl.float32)
+        for some in range(first, last + 1, $pieces):
+            p = some + tl.arange(0, $pieces)
+            here = p <= last
+            piece = (2 * p + (p == first).to(tl.int64)) * M + m % M
+            mosts = tl.load(stats + piece * 2, mask=here, other=float("-inf"))
+            totals = tl.load(stats + piece * 2 + 1, mask=here, other=0)
+            values = tl.load(
+                work + piece[:, None] * $value_dim + e[None, :], mask=here[:, None] & (e < $value_dim)[None, :], other=0
+            )
+            peak = tl.maximum(most, tl.max(mosts, 0))
+            safe = tl.where(peak == float("-inf"), 0.0, peak)
+            shares, shrink = tl.exp(mosts - safe), tl.exp(most - safe)
+            total = total * shrink + tl.sum(shares * totals, 0)
+            acc = acc * shrink + tl.sum(shares[:, None] * values, 0)
+            most = peak
+        real = most > float("-inf")
+        if SINKS:
+            sink = tl.load(sinks + h)
+            peak = tl.maximum(most, sink)
+            total = total * tl.exp(most - peak) + tl.exp(sink - peak)
+            acc = acc * tl.exp(most - peak)
+        value = tl.where(real, acc / tl.where(real, total, 1.0), 0.0)
+        tl.store(out + b * out_row + h * out_head + t * out_token + e, value, mask=e < $value_dim)
 ''')
 
 SINK_SCAN = Template("""\
-    for first in range(0, tl.where(c == 0, n_sink, 0), $tile):
-        place = first + tl.arange(0, $tile)
-        live = real[:, None] & (place < n_sink)[None, :]
-        if $window:
-            live = live & (at[:, None] - place[None, :] < $window)
-        n = place[:, None].to(tl.int64)
-        keys = key_rows(sink_k + pair * $sink * $key_dim, n, n < n_sink)
-        p, most, total, acc = weigh(score(query, zeros, keys, live, softcap, SOFTCAP), most, total, acc)
-        acc += mix(p, value_rows(sink_v + pair * $sink * $value_dim, n, n < n_sink))
+        n_sink = tl.load(counts + 4 * b)
+        for tile in tl.range(low, tl.minimum(high, n_sink_tiles), num_stages=1):
+            place = tile * $tile + tl.arange(0, $tile)
+            live = real[:, None] & (place < n_sink)[None, :]
+            if $window:
+                live = live & (at[:, None] - place[None, :] < $window)
+            n = place[:, None]
+            keys = key_rows(sink_k + pair * $sink * $key_dim, n, n < n_sink)
+            p, most, total, acc = weigh(score(query, keys, live, softcap, SOFTCAP), most, total, acc)
+            acc += mix(p, value_rows(sink_v + pair * $sink * $value_dim, n, n < n_sink))
 """)
 
 BODY_LOADERS = Template("""
 @triton.jit
 def page_keys($key_parts, j):
-    k = tl.arange(0, $key_pad)[None, :]
-    i = tl.arange(0, $body)[:, None].to(tl.int64)
-    n = j * $body + i
-    return $key
-
-
-@triton.jit
-def page_query(query, $key_parts, j):
-    \"\"\"The query with what of the keys is constant over a tile, and what that adds to every score.\"\"\"
-    k = tl.arange(0, $key_pad)[None, :]
-    return query * $key_scale, tl.sum(query * $key_zero, 1)
+$key
 
 
 @triton.jit
 def page_values($value_parts, j):
-    k = tl.arange(0, $value_pad)[None, :]
-    n = j * $body + tl.arange(0, $body)[:, None].to(tl.int64)
-    return $value
+$value
 
 """)
 
 BODY_SCAN = Template("""\
-    chunks = (n_body // $kept + $pages - 1) // $pages
-    for page in range(c * $pages, tl.minimum((c + 1) * $pages, n_body // $kept)):
-        at_page = pair * P + page
-        for j in range(0, $tiles):
-            token = j * $body + tl.arange(0, $body)
+        for tile in range(tl.maximum(low - n_sink_tiles, 0), tl.minimum(high - n_sink_tiles, n_body_tiles)):
+            at_page, j = pair * P + tile // $tiles, tile % $tiles
+            token = j * $tile + tl.arange(0, $tile)
             live = real[:, None] & (token < $kept)[None, :]
             if $window:
                 place = tl.load(places + at_page * $kept + token, mask=token < $kept, other=0)
                 live = live & (at[:, None] - place[None, :] < $window)
-            scaled, shift = page_query(query, $keys_here, j)
             keys = page_keys($keys_here, j)
-            p, most, total, acc = weigh(score(scaled, shift, keys, live, softcap, SOFTCAP), most, total, acc)
+            p, most, total, acc = weigh(score(query, keys, live, softcap, SOFTCAP), most, total, acc)
             acc += mix(p, page_values($values_here, j))
 """)

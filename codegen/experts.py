@@ -81,7 +81,7 @@ class ExpertsKernel:
 def _each(weight: Weight) -> list[gemv.Bound]:
     """The kernel of every expert over its slice of the parts."""
     kernel = gemv.Gemv(weight.encoding)
-    parts = {name: part.contiguous() for name, part in weight.parts.items()}
+    parts = dict(weight.parts)
     return [
         kernel.bind({name: part[expert] for name, part in parts.items()}, weight.shape[1:])
         for expert in range(weight.shape[0])

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import sympy
 
-from ..ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, indices, loads, substitute
+from ..ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Take, indices, loads, substitute
 from ..ir.encoding.expr import k as COLUMN
 from .ranges import Ranges, fold
 
@@ -21,6 +21,8 @@ def folded(expr: Expr, ranges: Ranges) -> Expr:
             return Load(part, fold(index, ranges), dtype)
         case Index(value, dtype):
             return Index(fold(value, ranges), dtype)
+        case Take(part, size, at, dtype):
+            return Take(part, size, folded(at, ranges), dtype)
         case Bin(op, a, b):
             return Bin(op, folded(a, ranges), folded(b, ranges))
         case Cast(dtype, a):
@@ -34,13 +36,13 @@ def depends(expr: Expr, on: Set[sympy.Symbol]) -> bool:
     return any(index.free_symbols & on for index in indices(expr))
 
 
-def split(expr: Expr, inner: Set[sympy.Symbol]) -> list[Term]:
+def split(expr: Expr, inner: Set[sympy.Symbol], codes: bool = False) -> list[Term]:
     """A float32 expression as a sum of coefficient times factor, where no coefficient depends on an inner symbol.
 
     Terms without a factor come last and as one. Sums and differences of int32 codes pass through the conversion to
-    float32, which is exact for codes below 2^24.
+    float32, which is exact for codes below 2^24; with `codes` they stay together as one factor.
     """
-    terms = _terms(expr, inner)
+    terms = _terms(expr, inner, codes)
     constant = [coefficient for coefficient, factor in terms if factor is None]
     total = constant[0] if constant else None
     for coefficient in constant[1:]:
@@ -48,20 +50,20 @@ def split(expr: Expr, inner: Set[sympy.Symbol]) -> list[Term]:
     return [term for term in terms if term[1] is not None] + ([(total, None)] if total is not None else [])
 
 
-def _terms(expr: Expr, inner: Set[sympy.Symbol]) -> list[Term]:
+def _terms(expr: Expr, inner: Set[sympy.Symbol], codes: bool) -> list[Term]:
     if not depends(expr, inner):
         return [(expr, None)]
     match expr:
         case Bin("add", a, b) if expr.dtype == "float32":
-            return _terms(a, inner) + _terms(b, inner)
+            return _terms(a, inner, codes) + _terms(b, inner, codes)
         case Bin("sub", a, b) if expr.dtype == "float32":
-            return _terms(a, inner) + _scaled(Const(-1.0, "float32"), _terms(b, inner))
+            return _terms(a, inner, codes) + _scaled(Const(-1.0, "float32"), _terms(b, inner, codes))
         case Bin("mul", a, b) if expr.dtype == "float32" and not depends(a, inner):
-            return _scaled(a, _terms(b, inner))
+            return _scaled(a, _terms(b, inner, codes))
         case Bin("mul", a, b) if expr.dtype == "float32" and not depends(b, inner):
-            return _scaled(b, _terms(a, inner))
-        case Cast("float32", Bin("add" | "sub" as op, a, b)) if a.dtype == "int32":
-            return _terms(Bin(op, _float(a), _float(b)), inner)
+            return _scaled(b, _terms(a, inner, codes))
+        case Cast("float32", Bin("add" | "sub" as op, a, b)) if a.dtype == "int32" and not codes:
+            return _terms(Bin(op, _float(a), _float(b)), inner, codes)
     return [(Const(1.0, "float32"), expr)]
 
 

@@ -11,69 +11,15 @@ import torch
 
 from ..ir.cache import Cache, Site
 from ..ir.weight import Weight
-from . import attention, gemv
-from .plan import BULK, Out, Run
+from . import attention
+from .append import append
+from .plan import Out, Run
 from .rows import RowKernel
 
 
 @dataclass(frozen=True)
-class LinearKernel:
-    """`linear` by the generated GEMV: every row in one order, so that T = 1 and a tree agree to the bit."""
-
-    weight: Weight
-
-    @property
-    def name(self) -> str:
-        return gemv.name(self.weight.encoding)
-
-    @property
-    def source(self) -> str:
-        return gemv.source(self.weight.encoding)
-
-    @cached_property
-    def _bound(self) -> gemv.Bound:
-        parts = {name: part.contiguous() for name, part in self.weight.parts.items()}
-        return gemv.Gemv(self.weight.encoding).bind(parts, self.weight.shape)
-
-    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
-        return () if args["x"].is_contiguous() else ("x",)
-
-    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
-        assert isinstance(out, torch.Tensor)
-        n, k = self.weight.shape
-        return partial(self._bound, args["x"].view(-1, k), out.view(-1, n), args.get("bias"))
-
-
-@dataclass(frozen=True)
-class DecodedLinear:
-    """`linear` over many rows by decoding the weight and a library product; over few rows as `few` does it."""
-
-    few: LinearKernel
-    name: str = "torch.mm"
-    source: str = "torch.mm of a decoded weight"
-
-    def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
-        return self.few.contiguous(args)
-
-    def bind(self, args: Mapping[str, Any], out: Out) -> Run:
-        assert isinstance(out, torch.Tensor)
-        weight = self.few.weight
-        n, k = weight.shape
-        x, y = args["x"].view(-1, k), out.view(-1, n)
-        if x.shape[0] < BULK:
-            return self.few.bind(args, out)
-
-        def run() -> None:
-            torch.mm(x, weight.dense().t(), out=y)
-            if args.get("bias") is not None:
-                y.add_(args["bias"])
-
-        return run
-
-
-@dataclass(frozen=True)
 class AttentionKernel:
-    """`cached_attention` over the segments of one kind of site; layers with equal sites share the built kernel."""
+    """`cached_attention` over the segments of one kind of site; layers with equal sites share the kernel."""
 
     site: Site
 
@@ -84,19 +30,25 @@ class AttentionKernel:
 
     @property
     def source(self) -> str:
-        return attention.source(self.site)
+        return self._built.function.source
 
     @cached_property
     def _built(self) -> attention.SegmentAttention:
         return attention.SegmentAttention(self.site)
 
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
-        return () if args["query"].stride(-1) == 1 else ("query",)
+        return tuple(name for name in ("query", "key", "value") if args[name].stride(-1) != 1)
 
-    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> Run:
-        """A call over the cache that `args["layer"]` names; `out` [B, H, T, E] may have any strides."""
-        bound = self._built.bind(cache, int(args["layer"]))
-        return partial(bound, args["query"], out, float(args["scale"]), args["softcap"], args["sinks"])
+    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> list[Run]:
+        """Calls that append to the layer of the cache that `args["layer"]` names, and attend over it.
+
+        `out` [B, H, T, E] may have any strides.
+        """
+        layer, rest = int(args["layer"]), (float(args["scale"]), args["softcap"], args["sinks"])
+        return [
+            *append(cache, layer, args["key"], args["value"]),
+            self._built.bind(cache, layer, args["query"], out, *rest),
+        ]
 
     def bind(self, args: Mapping[str, Any], out: Out) -> Run:
         raise TypeError("attention over a cache is bound by `attend`")
@@ -112,10 +64,14 @@ class CacheReference:
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
 
-    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> Run:
-        """A call that attends by `Cache.attend` and copies."""
+    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> list[Run]:
+        """Calls that append and attend by the cache itself, and copy."""
+        layer = int(args["layer"])
         options = (float(args["scale"]), args["window"], args["softcap"], args["sinks"])
-        return lambda: out.copy_(cache.attend(int(args["layer"]), args["query"], *options))
+        return [
+            partial(cache.append, layer, args["key"], args["value"]),
+            lambda: out.copy_(cache.attend(layer, args["query"], *options)),
+        ]
 
     def bind(self, args: Mapping[str, Any], out: Out) -> Run:
         raise TypeError("attention over a cache is bound by `attend`")

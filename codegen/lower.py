@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from ..ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, HEAD, LINEAR, OPS, ar
 from ..ir.program import Program
 from ..ir.weight import Weight
 from . import attention, experts, gemv
+from .arena import Arena
+from .fuse import Region, fuse
+from .fused import PointwiseKernel, ProductKernel, QuantizeKernel
 from .gather import gather_kernel
-from .kernels import AttentionKernel, CacheReference, DecodedLinear, LinearKernel, Reference, RowOp, out_variant
+from .kernels import AttentionKernel, CacheReference, Reference, RowOp, out_variant
 from .plan import Choice, Plan, Target
 from .rows import row_kernel
 
@@ -33,8 +36,10 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
         raise SmeltError(f"unknown target '{target}'; known: cpp, torch")
     choices: dict[str, Choice] = {}
     encoded: dict[str, tuple[str, ...]] = {}
+    regions = fuse(program.graph, program.weights, partial(_refused, program)) if target == "cpp" else []
+    fused = {node for region in regions for node in region.nodes}
     for node in program.graph.nodes:
-        choice = _choose(program, node, target)
+        choice = _choose(program, node, target) if node not in fused else None
         if choice is not None:
             choices[node.name] = choice
             if node.target in OPS:
@@ -45,7 +50,23 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
             f"target {target} has no fast kernel for {len(refused)} nodes of {program.name}, first {refused[0]}; "
             "choose another encoding, or allow fallback=True to run them as torch ops"
         )
-    return Plan(program, target, choices, encoded)
+    arena = Arena()
+    return Plan(program, target, choices, encoded, tuple((r, _fused(r, program, arena)) for r in regions))
+
+
+def _refused(program: Program, node: fx.Node, width: int | None) -> str | None:
+    """Why a product has no generated kernel, or None; `width` as in `Region`."""
+    weight = _weight(program, arguments(node)["weight"])
+    if weight is None:
+        return "the matrix is computed, not stored"
+    reason = gemv.covers(weight.encoding, weight.shape, width) or _strange(node)
+    return f"gemv of {weight.encoding}: {reason}" if reason else None
+
+
+def _fused(region: Region, program: Program, arena: Arena) -> ProductKernel | PointwiseKernel | QuantizeKernel:
+    if region.kind == "product":
+        return ProductKernel(region, program.weights, arena)
+    return PointwiseKernel(region) if region.kind == "pointwise" else QuantizeKernel(region)
 
 
 def is_view(overload: Any) -> bool:
@@ -87,7 +108,7 @@ def _dialect(program: Program, node: fx.Node, target: Target) -> Choice:
     args = arguments(node)
     weight = _weight(program, args.get("weight"))
     if op in (LINEAR, HEAD):
-        return _linear(node, weight, reference)
+        return Choice(reference, str(_refused(program, node, None)), fallback=weight is not None)
     if op is EXPERTS:
         return _experts(node, _weight(program, args["gate_up"]), _weight(program, args["down"]), reference)
     if op is EMBEDDING:
@@ -98,16 +119,6 @@ def _dialect(program: Program, node: fx.Node, target: Target) -> Choice:
     if isinstance(kernel, str) or reason is not None:
         return Choice(reference, f"{op.name}: {reason}", fallback=_is_encoded(program, args))
     return Choice(RowOp(kernel), "row-wise template")
-
-
-def _linear(node: fx.Node, weight: Weight | None, reference: Reference) -> Choice:
-    if weight is None:
-        return Choice(reference, "the matrix is computed, not stored")
-    reason = gemv.covers(weight.encoding, weight.shape) or _strange(node)
-    if reason is not None:
-        return Choice(reference, f"gemv of {weight.encoding}: {reason}", fallback=True)
-    kernel = LinearKernel(weight)
-    return Choice(kernel, f"{weight.encoding} of {list(weight.shape)}", bulk=DecodedLinear(kernel))
 
 
 def _experts(node: fx.Node, gate_up: Weight | None, down: Weight | None, reference: Reference) -> Choice:

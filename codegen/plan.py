@@ -10,11 +10,11 @@ import torch
 
 from ..ir.cache import Cache
 from ..ir.program import Program
+from .fuse import Region
 
 Target = Literal["cpp", "torch"]
 Out: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
-Run: TypeAlias = Callable[[], Any]
-BULK = 128  # rows from which decoding a weight once and a library product beat a GEMV that decodes it for every four
+Run: TypeAlias = Callable[[], Any]  # a `Call` of a generated function, or any Python call
 
 
 class Kernel(Protocol):
@@ -40,28 +40,33 @@ class Kernel(Protocol):
 class Attention(Kernel, Protocol):
     """A kernel of `cached_attention`, which is bound to a cache as well."""
 
-    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> Run:
-        """A call that attends over the layer of the cache that `args["layer"]` names."""
+    def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> list[Run]:
+        """Calls that append to the layer of the cache that `args["layer"]` names, and attend over it."""
         ...
+
+
+class Fused(Protocol):
+    """The kernel of a fused region."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of one node and the reason; `fallback`: the target has no fast kernel for what the node stores.
-
-    `bulk`: a kernel that is faster over many rows, whose last bits may be others than those of `kernel`. Prompts and
-    plain modules use it; steps do not, because a token must get the same logits alone and as a node of a draft tree.
-    """
+    """The kernel of one node and the reason; `fallback`: the target has no fast kernel for what the node stores."""
 
     kernel: Kernel
     why: str
     fallback: bool = False
-    bulk: Kernel | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A lowered Program. Nodes without a choice are views, sizes, inputs and weights: they cost nothing in a step.
+    """A lowered Program. Nodes without a choice or region are views, sizes, inputs and weights: they cost nothing.
 
     `encoded[node]` names the arguments that a node's kernel takes as stored weights, not as decoded tensors.
     """
@@ -70,10 +75,21 @@ class Plan:
     target: Target
     choices: Mapping[str, Choice]
     encoded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    regions: tuple[tuple[Region, Any], ...] = ()  # each with its kernel
 
     def kernels(self) -> list[dict[str, Any]]:
-        """One row a node: node, kernel, why, fallback; for `lm.kernels` and `smelt inspect`."""
-        return [
-            {"node": node, "kernel": c.kernel.name, "why": c.why, "fallback": c.fallback}
-            for node, c in self.choices.items()
-        ]
+        """One row a node: node, kernel, why, fallback, source; for `lm.kernels` and `smelt inspect`."""
+        rows = {
+            name: {
+                "node": name,
+                "kernel": c.kernel.name,
+                "why": c.why,
+                "fallback": c.fallback,
+                "source": c.kernel.source,
+            }
+            for name, c in self.choices.items()
+        }
+        for region, kernel in self.regions:
+            shared = {"kernel": kernel.name, "why": str(region), "fallback": False, "source": kernel.source}
+            rows |= {node.name: {"node": node.name, **shared} for node in region.nodes}
+        return [rows[node.name] for node in self.program.graph.nodes if node.name in rows]

@@ -83,8 +83,10 @@ def bounds(index: sympy.Expr, ranges: Ranges) -> tuple[float, float]:
     return -math.inf, math.inf
 
 
-def across(index: sympy.Expr, lane: sympy.Symbol) -> Literal["uniform", "contiguous", "scattered"]:
-    """What a folded index does over the lanes of a vector: stay, step by one, or neither as far as can be proved."""
+def across(index: sympy.Expr, lane: sympy.Symbol) -> Literal["uniform", "contiguous", "words", "scattered"]:
+    """What a folded index does over the lanes of a vector: stay, step by one, by four, or none as far as can be proved."""
     if lane not in index.free_symbols:
         return "uniform"
-    return "contiguous" if lane not in sympy.expand(index - lane).free_symbols else "scattered"
+    if lane not in sympy.expand(index - lane).free_symbols:
+        return "contiguous"
+    return "words" if lane not in sympy.expand(index - 4 * lane).free_symbols else "scattered"

@@ -6,10 +6,9 @@ All numbers are float32, positions int64.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -17,24 +16,23 @@ import torch
 
 from ..ir.errors import SmeltError
 from ..ir.ops import GATED, LAYER_NORM, RMS_NORM, ROTARY
-from .build import build, threads
-from .plan import Run
-from .rows_source import SOURCE
+from .rows_source import KERNELS, MATH
+from .unit import Call, Function, call
 
-Binder: TypeAlias = Callable[[ctypes.CDLL, Mapping[str, Any], torch.Tensor], Run]
+Binder: TypeAlias = Callable[[Mapping[str, Any], torch.Tensor], Call]
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class RowKernel:
-    """A row-wise kernel; `bind` builds it (or finds it built) and fixes every address."""
+    """A row-wise kernel; `bind` fixes every address."""
 
     name: str
     source: str
     binder: Binder
     strided: tuple[str, ...] = ()  # arguments that need not be contiguous
 
-    def bind(self, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+    def bind(self, args: Mapping[str, Any], out: torch.Tensor) -> Call:
         """A call that writes `out`; the tensors of `args` have the addresses and strides that they will have then.
 
         Raises SmeltError for a tensor of another type, or of strides that the kernel does not take.
@@ -45,11 +43,7 @@ class RowKernel:
             wanted = torch.int64 if name in ("ids", "positions") else torch.float32
             if isinstance(value, torch.Tensor) and value.dtype is not wanted:
                 raise SmeltError(f"{self.name}: '{name}' is {value.dtype}, the kernel takes {wanted}")
-        return self.binder(self._library, args, out)
-
-    @cached_property
-    def _library(self) -> ctypes.CDLL:
-        return build(self.source, self.name.split(".")[0])  # kernels of one source share one build
+        return self.binder(args, out)
 
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of tensor arguments that must be copied to be contiguous first."""
@@ -67,27 +61,26 @@ def row_kernel(target: Any) -> RowKernel | str:
     if target not in _KERNELS:
         return "no C++ template"
     name, binder, strided = _KERNELS[target]
-    return RowKernel(f"rows.{name}", SOURCE, binder, strided)
+    return RowKernel(f"rows.{name}", MATH + KERNELS, binder, strided)
 
 
-def call(function: Any, *args: Any) -> Run:
-    """A call with fixed arguments: ints as int64, floats as float, tensors by address (None: null); all kept alive."""
-    function.restype = None
-    run = partial(function, *fixed(args))
-    run.keeps = args  # type: ignore[attr-defined]  # the addresses are only valid while the tensors live
-    return run
+def function(name: str) -> Function:
+    """One of the functions of the row-wise kernels' text."""
+    return Function(name, "", (MATH, KERNELS))
 
 
-def fixed(args: tuple[Any, ...]) -> list[Any]:
-    """Arguments as ctypes values."""
-    return [
-        ctypes.c_void_p(a if a is None else a.data_ptr())
-        if a is None or isinstance(a, torch.Tensor)
-        else ctypes.c_float(a)
-        if isinstance(a, float)
-        else ctypes.c_int64(a)
-        for a in args
-    ]
+def copied(x: torch.Tensor, out: torch.Tensor) -> Call | None:
+    """A call that copies x of any strides to the contiguous `out` of its shape; None where no kernel does."""
+    if x.dtype is not torch.float32 or x.dim() > 4:
+        return None
+    shape, steps = [1] * (4 - x.dim()) + list(x.shape), [0] * (4 - x.dim()) + list(x.stride())
+    return call(function("copy"), x, out, *shape, *steps, writes=[out], work=2 * x.numel())
+
+
+def picked(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> Call:
+    """A call that copies x[b, index[b]] of a contiguous x [B, T, K] to out [B, 1, K]; any type."""
+    (rows, tokens, width), size = x.shape, x.element_size()
+    return call(function("pick"), x, index, out, rows, tokens, width * size, writes=[out], work=2 * out.numel())
 
 
 def row_stride(x: torch.Tensor) -> int:
@@ -104,38 +97,41 @@ def _rows_of(x: torch.Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
-def _rms_norm(library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+def _rms_norm(args: Mapping[str, Any], out: torch.Tensor) -> Call:
     x, numbers = args["x"], (float(args["eps"]), float(args["offset"]))
-    return call(library.rms_norm, x, args["weight"], out, *_rows_of(x), *numbers, threads())
+    words = (x, args["weight"], out, *_rows_of(x), *numbers)
+    return call(function("rms_norm"), *words, writes=[out], work=2 * x.numel())
 
 
-def _layer_norm(library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+def _layer_norm(args: Mapping[str, Any], out: torch.Tensor) -> Call:
     x = args["x"]
-    return call(library.layer_norm, x, args["weight"], args["bias"], out, *_rows_of(x), float(args["eps"]), threads())
+    words = (x, args["weight"], args["bias"], out, *_rows_of(x), float(args["eps"]))
+    return call(function("layer_norm"), *words, writes=[out], work=3 * x.numel())
 
 
-def _rotary(library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+def _rotary(args: Mapping[str, Any], out: torch.Tensor) -> Call:
     x, freq = args["x"], args["inv_freq"]
     (b, h, t, d), steps = x.shape, x.stride()[:3]
     positions = args["positions"].expand(b, t)
-    sizes = (b, h, t, d, positions.stride(0), *steps, freq.shape[0])
-    return call(library.rotary, x, positions, freq, out, *sizes, float(args["scale"]), threads())
+    sizes = (b, h, t, d, positions.stride(0), *steps, freq.shape[0], float(args["scale"]))
+    return call(function("rotary"), x, positions, freq, out, *sizes, writes=[out], work=4 * x.numel())
 
 
-def _gated(library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+def _gated(args: Mapping[str, Any], out: torch.Tensor) -> Call:
     gate, up = args["gate"], args["up"]
     if gate.shape != up.shape:
         raise SmeltError(f"rows.gated: gate {list(gate.shape)} and up {list(up.shape)} must have one shape")
-    function = getattr(library, f"gated_{args['act']}")
-    return call(function, gate, up, out, *_rows_of(gate), row_stride(gate), row_stride(up), threads())
+    words = (gate, up, out, *_rows_of(gate), row_stride(gate), row_stride(up))
+    return call(function(f"gated_{args['act']}"), *words, writes=[out], work=5 * gate.numel())
 
 
-def _activation(act: str, library: ctypes.CDLL, args: Mapping[str, Any], out: torch.Tensor) -> Run:
+def _activation(act: str, args: Mapping[str, Any], out: torch.Tensor) -> Call:
     if args.get("approximate") == "tanh":
         act = "gelu_tanh"
     x = args["self"]
     x = x if x.dim() else x.view(1)
-    return call(getattr(library, f"apply_{act}"), x, out, *_rows_of(x), row_stride(x), threads())
+    words = (x, out, *_rows_of(x), row_stride(x))
+    return call(function(f"apply_{act}"), *words, writes=[out], work=4 * x.numel())
 
 
 _KERNELS: dict[Any, tuple[str, Binder, tuple[str, ...]]] = {

@@ -1,18 +1,13 @@
-"""The C++ text of the row-wise kernels; `rows.py` binds them.
+"""The C++ text of functions on vectors of floats, and of the row-wise kernels; `rows.py` binds the latter.
 
 A value's arithmetic does not depend on where it stands: whole vectors and the end of a row run one piece of code, and
-threads split between rows. So a token gets the same bits alone and among others.
+ranks split between rows. So a token gets the same bits alone and among others.
 """
 
 from __future__ import annotations
 
-from .printers import cpp
-
-SOURCE = (
-    cpp.PRELUDE
-    + """
+MATH = """\
 #include <cmath>
-#define EACH_ROW _Pragma("omp parallel for num_threads(threads) schedule(static) if (m > 1 && m * k > 65536)")
 
 static inline f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
   return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
@@ -64,7 +59,10 @@ static inline f32x16 gelu(f32x16 x) {  // erf by Abramowitz and Stegun 7.1.26, t
                    exponential(z * -z);  // 1 - erf
   return x * choose(x < 0.0f, p * 0.5f, fma(p, splat(-0.5f), splat(1.0f)));
 }
+"""
 
+KERNELS = """\
+#pragma GCC diagnostic ignored "-Wunused-function"
 static inline float squares(const float* x, int64_t k, float mean) {
   f32x16 acc = {};
   for (int64_t i = 0; i < k; i += 16) {
@@ -76,20 +74,27 @@ static inline float squares(const float* x, int64_t k, float mean) {
   return sum(acc);
 }
 
-extern "C" void rms_norm(const float* x, const float* w, float* y, int64_t m, int64_t k, float eps, float offset,
-                         int64_t threads) {
-  EACH_ROW
-  for (int64_t r = 0; r < m; r++) {
-    const float s = 1.0f / std::sqrt(squares(x + r * k, k, 0) / (float)k + eps);
-    for (int64_t i = 0; i < k; i += 16)
-      write(y + r * k + i, read(x + r * k + i, k - i) * s * (read(w + i, k - i) + offset), k - i);
-  }
+static inline void normalize(const float* x, const float* w, float* y, int64_t k, float eps, float offset) {
+  const float s = 1.0f / std::sqrt(squares(x, k, 0) / (float)k + eps);
+  for (int64_t i = 0; i < k; i += 16)
+    write(y + i, read(x + i, k - i) * s * (read(w + i, k - i) + offset), k - i);
 }
 
-extern "C" void layer_norm(const float* x, const float* w, const float* b, float* y, int64_t m, int64_t k, float eps,
-                           int64_t threads) {
-  EACH_ROW
-  for (int64_t r = 0; r < m; r++) {
+// x, w, y, m, k, eps, offset
+static void rms_norm(Rank& rank, const int64_t* c) {
+  const int64_t k = c[5];
+  share(rank, c[4], [&](int64_t r) {
+    normalize((const float*)c[1] + r * k, (const float*)c[2], (float*)c[3] + r * k, k, real(c[6]), real(c[7]));
+  });
+}
+
+// x, w, b, y, m, k, eps
+static void layer_norm(Rank& rank, const int64_t* c) {
+  const float *x = (const float*)c[1], *w = (const float*)c[2], *b = (const float*)c[3];
+  float* y = (float*)c[4];
+  const int64_t k = c[6];
+  const float eps = real(c[7]);
+  share(rank, c[5], [&](int64_t r) {
     const float* in = x + r * k;
     f32x16 acc = {};
     for (int64_t i = 0; i < k; i += 16) acc += read(in + i, k - i);
@@ -98,17 +103,67 @@ extern "C" void layer_norm(const float* x, const float* w, const float* b, float
       const f32x16 shift = b ? read(b + i, k - i) : f32x16{};
       write(y + r * k + i, fma((read(in + i, k - i) - mean) * s, read(w + i, k - i), shift), k - i);
     }
+  });
+}
+
+// Codes of row r in groups of g, with a scale and the sum of codes each: scale = max|x| / 127, code = round(x / scale).
+// `wide` rows stand side by side: codes [M / wide, K / 4, wide, 4], scales and sums [M / wide, K / g, wide].
+static inline void quantize(const float* x, const int64_t* c, int64_t r) {
+  const int64_t k = c[6], g = c[7], wide = c[8], first = r / wide * wide, seat = r % wide;
+  int8_t* codes = (int8_t*)c[2] + first * k + 4 * seat;
+  float* scales = (float*)c[3] + first * (k / g) + seat;
+  int32_t* sums = (int32_t*)c[4] + first * (k / g) + seat;
+  for (int64_t at = 0; at < k; at += g, scales += wide, sums += wide) {
+    f32x16 top = {}, poison = {};
+    for (int64_t i = at; i < at + g; i += 16) {
+      const f32x16 v = read(x + i, at + g - i);
+      poison += v * 0.0f;  // NaN from a NaN or an infinity
+      top = choose(v > top, v, top);
+      top = choose(-v > top, -v, top);
+    }
+    float most = 0;
+    for (int i = 0; i < 16; i++) most = top[i] > most ? top[i] : most;
+    const float scale = most / 127.0f + sum(poison);
+    const f32x16 divisor = splat(scale == 0 ? 1.0f : scale);
+    i32x16 total = {};
+    for (int64_t i = at; i < at + g; i += 16) {
+      const int64_t left = at + g - i < 16 ? at + g - i : 16;
+      // adding 1.5 * 2^23 rounds to an integer, ties to even
+      const i32x16 q = __builtin_convertvector(read(x + i, left) / divisor + 12582912.0f - 12582912.0f, i32x16);
+      const i8x16 narrow = __builtin_convertvector(q, i8x16);
+      total += q;
+      for (int64_t j = 0; j < left; j += 4) memcpy(codes + (i + j) * wide, (const int8_t*)&narrow + j, 4);
+    }
+    int32_t count = 0;
+    for (int i = 0; i < 16; i++) count += total[i];
+    *scales = scale, *sums = count;
   }
 }
 
-// sp, sb, sh, st: steps between rows of positions, and between batches, heads and tokens of x
-extern "C" void rotary(const float* x, const int64_t* positions, const float* freq, float* y, int64_t batch,
-                       int64_t heads, int64_t tokens, int64_t dim, int64_t sp, int64_t sb, int64_t sh, int64_t st,
-                       int64_t r, float scale, int64_t threads) {
+// x, codes, scales, sums, m, k, group, wide
+static void quantize_rows(Rank& rank, const int64_t* c) {
+  share(rank, c[5], [&](int64_t r) { quantize((const float*)c[1] + r * c[6], c, r); });
+}
+
+// x, codes, scales, sums, m, k, group, wide, w, eps, offset, y: the codes of the normalized rows, which go by y
+static void rms_norm_quantize(Rank& rank, const int64_t* c) {
+  share(rank, c[5], [&](int64_t r) {
+    float* y = (float*)c[12] + r * c[6];
+    normalize((const float*)c[1] + r * c[6], (const float*)c[9], y, c[6], real(c[10]), real(c[11]));
+    quantize(y, c, r);
+  });
+}
+
+// x, positions, freq, y, batch, heads, tokens, dim; steps between rows of positions, and between batches, heads and
+// tokens of x; rotated pairs, scale
+static void rotary(Rank& rank, const int64_t* c) {
   constexpr int64_t BLOCK = 256;
-  const int64_t m = batch * tokens, k = heads * dim;
-  EACH_ROW
-  for (int64_t at = 0; at < m; at++) {
+  const float *x = (const float*)c[1], *freq = (const float*)c[3];
+  const int64_t* positions = (const int64_t*)c[2];
+  float* y = (float*)c[4];
+  const int64_t heads = c[6], tokens = c[7], dim = c[8], sp = c[9], sb = c[10], sh = c[11], st = c[12], r = c[13];
+  const float scale = real(c[14]);
+  share(rank, c[5] * tokens, [&](int64_t at) {
     const int64_t b = at / tokens, t = at % tokens;
     float cosines[BLOCK], sines[BLOCK];
     for (int64_t first = 0; first < r; first += BLOCK) {
@@ -133,23 +188,90 @@ extern "C" void rotary(const float* x, const int64_t* positions, const float* fr
     for (int64_t h = 0; h < heads; h++)  // what stands behind the rotated dims is passed on
       for (int64_t i = 2 * r; i < dim; i++)
         y[((b * heads + h) * tokens + t) * dim + i] = x[b * sb + h * sh + t * st + i];
-  }
+  });
 }
 
-// sx, su: steps from row to row
+// x, y, m, k, steps from row to row of x; and gate, up, y, m, k, their steps
 #define ACTIVATION(act)                                                                                           \\
-  extern "C" void apply_##act(const float* x, float* y, int64_t m, int64_t k, int64_t sx, int64_t threads) {      \\
-    EACH_ROW                                                                                                      \\
-    for (int64_t r = 0; r < m; r++)                                                                               \\
-      for (int64_t i = 0; i < k; i += 16) write(y + r * k + i, act(read(x + r * sx + i, k - i)), k - i);          \\
+  static void apply_##act(Rank& rank, const int64_t* c) {                                                         \\
+    const int64_t k = c[4];                                                                                       \\
+    share(rank, c[3], [&](int64_t r) {                                                                            \\
+      const float* x = (const float*)c[1] + r * c[5];                                                             \\
+      for (int64_t i = 0; i < k; i += 16) write((float*)c[2] + r * k + i, act(read(x + i, k - i)), k - i);        \\
+    });                                                                                                           \\
   }                                                                                                               \\
-  extern "C" void gated_##act(const float* gate, const float* up, float* y, int64_t m, int64_t k, int64_t sx,     \\
-                              int64_t su, int64_t threads) {                                                      \\
-    EACH_ROW                                                                                                      \\
-    for (int64_t r = 0; r < m; r++)                                                                               \\
+  static void gated_##act(Rank& rank, const int64_t* c) {                                                         \\
+    const int64_t k = c[5];                                                                                       \\
+    share(rank, c[4], [&](int64_t r) {                                                                            \\
+      const float *gate = (const float*)c[1] + r * c[6], *up = (const float*)c[2] + r * c[7];                     \\
       for (int64_t i = 0; i < k; i += 16)                                                                         \\
-        write(y + r * k + i, act(read(gate + r * sx + i, k - i)) * read(up + r * su + i, k - i), k - i);          \\
+        write((float*)c[3] + r * k + i, act(read(gate + i, k - i)) * read(up + i, k - i), k - i);                 \\
+    });                                                                                                           \\
   }
 ACTIVATION(relu) ACTIVATION(sigmoid) ACTIVATION(silu) ACTIVATION(tanh) ACTIVATION(gelu) ACTIVATION(gelu_tanh)
+
+// x, y, four sizes, four steps of x
+static void copy(Rank& rank, const int64_t* c) {
+  share(rank, c[3] * c[4], [&](int64_t at) {
+    const float* x = (const float*)c[1] + at / c[4] * c[7] + at % c[4] * c[8];
+    float* y = (float*)c[2] + at * c[5] * c[6];
+    for (int64_t i = 0; i < c[5]; i++)
+      for (int64_t j = 0; j < c[6]; j++) *y++ = x[i * c[9] + j * c[10]];
+  });
+}
+
+// x, index, y, rows, tokens, bytes of a token
+static void pick(Rank& rank, const int64_t* c) {
+  share(rank, c[4], [&](int64_t b) {
+    memcpy((char*)c[3] + b * c[6], (const char*)c[1] + (b * c[5] + ((const int64_t*)c[2])[b]) * c[6], c[6]);
+  });
+}
+
+// tokens [B, T] as they lie are written behind the tail of a cache: x, steps of x by batch, head and token, rows B,
+// heads G, tokens T, dim, tail, slots W, counts [B, 4]
+template <class T, class F> static inline void append(Rank& rank, const int64_t* c, F narrow) {
+  const int64_t heads = c[6], tokens = c[7], dim = c[8], slots = c[10];
+  const int32_t* counts = (const int32_t*)c[11];
+  share(rank, c[5] * tokens, [&](int64_t at) {
+    const int64_t b = at / tokens, t = at % tokens;
+    for (int64_t h = 0; h < heads; h++) {
+      const float* x = (const float*)c[1] + b * c[2] + h * c[3] + t * c[4];
+      T* y = (T*)c[9] + ((b * heads + h) * slots + counts[4 * b + 2] + t) * dim;
+      for (int64_t i = 0; i < dim; i++) y[i] = narrow(x[i]);
+    }
+  });
+}
+static inline uint16_t to_bf16(float x) {  // ties to even; NaN stays one
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+static inline uint16_t to_f16(float x) {
+#ifdef __FLT16_MAX__
+  const _Float16 h = (_Float16)x;
+  uint16_t bits;
+  memcpy(&bits, &h, sizeof bits);
+  return bits;
+#else
+  uint32_t f;
+  memcpy(&f, &x, sizeof f);
+  const uint32_t sign = f >> 16 & 0x8000u;
+  f &= 0x7fffffffu;
+  if (f > 0x7f800000u) return sign | 0x7e00;
+  if (f >= 0x477ff000u) return sign | 0x7c00;
+  if (f < 0x38800000u) {  // subnormal: the sum rounds at the last bit that a half has
+    float y;
+    memcpy(&y, &f, sizeof y);
+    y += 0.5f;
+    memcpy(&f, &y, sizeof f);
+    return sign | (f - 0x3f000000u);
+  }
+  return sign | (f + 0xc8000fffu + (f >> 13 & 1)) >> 13;
+#endif
+}
+static void append_float32(Rank& rank, const int64_t* c) {
+  append<float>(rank, c, [](float x) { return x; });
+}
+static void append_float16(Rank& rank, const int64_t* c) { append<uint16_t>(rank, c, to_f16); }
+static void append_bfloat16(Rank& rank, const int64_t* c) { append<uint16_t>(rank, c, to_bf16); }
 """
-)

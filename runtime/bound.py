@@ -1,22 +1,29 @@
 """A plan bound to one batch, one number of tokens and one cache: a fixed list of calls over planned buffers.
 
 Binding walks the graph once. Sizes are evaluated, views are made, buffers are taken from a pool and go back to it after
-their last reader; what is left is the list of kernel calls that a step makes. A step allocates nothing.
+their last reader; what is left is the list of kernel calls that a step makes. Neighbouring calls of generated functions
+become one unit, which for a decoder is the whole step. A step allocates nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
 from torch import fx
 
+from ..codegen.fuse import Chain, Region
+from ..codegen.fused import Codes, ProductKernel, QuantizeKernel
 from ..codegen.plan import Attention, Kernel, Plan
+from ..codegen.rows import copied, picked, row_stride
+from ..codegen.unit import Call, Unit
 from ..ir.cache import Cache
 from ..ir.errors import SmeltError
-from ..ir.ops import CACHED_ATTENTION, arguments
+from ..ir.ops import CACHED_ATTENTION, HEAD, LAYER_NORM, QUANTIZED, RMS_NORM, arguments, is_op
 from ..ir.weight import Weight
 
 ALIGN = 64  # bytes; a cache line, and the widest vector
@@ -56,15 +63,16 @@ class Bound:
         inputs: Mapping[str, torch.Tensor],
         cache: Cache | None,
         decoded: dict[str, torch.Tensor],
-        bulk: bool = False,
+        last: torch.Tensor | None = None,
     ) -> None:
         """`inputs`: buffers that hold the inputs. `decoded`: small tables, shared between bindings of one plan.
 
-        `bulk`: take kernels for many rows where a node has one; see `Choice`.
+        `last` int64 [B]: holds the one token of each row whose logits are asked for, [B, 1, V].
         """
-        self.plan, self.inputs, self.cache, self.bulk = plan, dict(inputs), cache, bulk
-        self.calls: list[Callable[[], Any]] = []
+        self.last = last
+        self.plan, self.inputs, self.cache = plan, dict(inputs), cache
         self.outputs: dict[str, torch.Tensor] = {}
+        self._made: list[Callable[[], Any]] = []
         self._decoded = decoded
         self._pool = Pool()
         self._values: dict[fx.Node, Any] = {}
@@ -72,9 +80,14 @@ class Bound:
         self._holders: dict[int, int] = {}  # nodes whose value lies in the block at an address
         self._metas: dict[Any, Any] = {}
         self._fixed = {t.untyped_storage().data_ptr() for t in (*inputs.values(), *decoded.values())}
+        self._leads: dict[fx.Node, tuple[int, ...]] = {}  # of activations that are codes: the shape but for columns
+        self._logits = _logits(plan.program.graph, [region for region, _ in plan.regions])
+        self._starts = {region.at: (region, kernel) for region, kernel in plan.regions}
+        self._inside = {node: region for region, _ in plan.regions for node in region.nodes}
         for node in plan.program.graph.nodes:
             self._bind(node)
         self._values.clear()
+        self.calls = _units(self._made)
 
     @property
     def nbytes(self) -> int:
@@ -94,11 +107,17 @@ class Bound:
         elif node.op == "output":
             named = cast("dict[str, fx.Node]", node.args[0])
             self.outputs = {name: self._of_node(value) for name, value in named.items()}
-        else:
-            self._values[node] = self._computed(node)
-            for at in _addresses(self._values[node]):
-                self._holders[at] = self._holders.get(at, 0) + 1
+        elif node in self._starts:
+            self._fused(*self._starts[node])
+        elif node not in self._inside:
+            with self._last_only((node,)):
+                self._values[node] = self._computed(node)
+            self._hold(node)
             self._release(node)
+
+    def _hold(self, node: fx.Node) -> None:
+        for at in _addresses(self._values[node]):
+            self._holders[at] = self._holders.get(at, 0) + 1
 
     def _computed(self, node: fx.Node) -> Any:
         if node.target is CACHED_ATTENTION.target:
@@ -112,6 +131,9 @@ class Bound:
             self._unread[used] -= 1
             if not self._unread[used] and used.op == "call_function":
                 dead.append(used)
+        self._drop(dead)
+
+    def _drop(self, dead: list[fx.Node]) -> None:
         for gone in dead:
             for at, storage in _addresses(self._values[gone]).items():
                 self._holders[at] -= 1
@@ -120,6 +142,87 @@ class Bound:
 
     def _of_node(self, node: fx.Node) -> Any:
         return self._table(str(node.target)) if node.op == "get_attr" else self._values[node]
+
+    def _fused(self, region: Region, kernel: Any) -> None:
+        """The call of a region; its members' values but its outputs never exist."""
+        members = set(region.nodes)
+        spare: list[torch.Tensor] = []
+        known: dict[fx.Node, Any] = {}
+
+        def value(node: fx.Node) -> Any:
+            """An operand, copied where it does not lie as kernels read it: once, whoever asks."""
+            if node not in known:
+                known[node] = x = self._of_node(node)
+                rows = region.kind == "pointwise" and row_stride(x) >= 0
+                if isinstance(x, torch.Tensor) and not x.is_contiguous() and not rows:
+                    known[node] = self._copy(x)
+                    spare.append(known[node])
+            return known[node]
+
+        with self._last_only(region.nodes):
+            self._call(region, kernel, value, spare)
+        for node in region.outputs:
+            self._hold(node)
+        self._return(spare)
+        dead = [node for node in region.outputs if not node.users]
+        for used in (used for node in region.nodes for used in node.all_input_nodes):
+            self._unread[used] -= 1
+            if used not in members and not self._unread[used] and used.op == "call_function":
+                dead.append(used)
+        self._drop(dead)
+
+    def _call(self, region: Region, kernel: Any, value: Callable[[fx.Node], Any], spare: list[torch.Tensor]) -> None:
+        """Take the outputs of a region and bind its kernel."""
+        if isinstance(kernel, QuantizeKernel):
+            self._note(self._rounded(region, kernel, value, spare), region.at)
+        else:
+            outs = {chain.output: self._pool.take(torch.empty(self._shape(kernel, chain, value), device="meta"))
+                    for chain in region.chains}  # fmt: skip
+            self._values.update(outs)
+            self._note(kernel.bind(value, outs), region.at)
+
+    @contextmanager
+    def _last_only(self, nodes: Sequence[fx.Node]) -> Iterator[None]:
+        """Where only the last tokens' logits are asked for, these nodes read the rows [B, 1, K] of those tokens."""
+        if self.last is None or self._logits is None or self._logits[1] not in nodes:
+            yield
+            return
+        source, _ = self._logits
+        whole = self._values[source]
+        x = whole if whole.is_contiguous() else self._copy(whole)
+        self._values[source] = out = self._pool.take(
+            torch.empty(x.shape[0], 1, x.shape[2], dtype=x.dtype, device="meta")
+        )
+        self._note(picked(x, self.last, out), source)
+        yield
+        self._values[source] = whole
+        self._return([out] if x is whole else [out, x])
+
+    def _shape(self, kernel: Any, chain: Chain, value: Callable[[fx.Node], Any]) -> tuple[int, ...]:
+        if isinstance(kernel, ProductKernel):
+            x = arguments(chain.products[0])["x"]
+            return (*(self._leads.get(x) or value(x).shape[:-1]), kernel.width(chain))
+        full = [x.shape for x in map(value, kernel.operands) if x.dim() > 1] or [value(kernel.operands[0]).shape]
+        return tuple(full[0])
+
+    def _rounded(
+        self, region: Region, kernel: QuantizeKernel, value: Callable[[fx.Node], Any], spare: list[torch.Tensor]
+    ) -> Call:
+        x = value(arguments(region.nodes[0])["x"])
+        rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+        likes = Codes.shapes(rows, columns, cast(int, region.width))
+        out = Codes(*(self._pool.take(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in likes))
+        self._leads[region.at] = tuple(x.shape[:-1])
+        self._values[region.at] = out
+        if len(region.nodes) > 1:
+            spare.append(self._pool.take(x.to("meta")))
+        return kernel.bind(value, out, spare[-1] if len(region.nodes) > 1 else None)
+
+    def _copy(self, x: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy, refreshed on every step."""
+        copy = self._pool.take(torch.empty(x.shape, dtype=x.dtype, device="meta"))
+        self._made.append(copied(x, copy) or partial(copy.copy_, x))
+        return copy
 
     def _table(self, name: str) -> torch.Tensor:
         """A small weight decoded once, shared by every binding of a session."""
@@ -130,14 +233,19 @@ class Bound:
 
     def _kernel(self, node: fx.Node) -> Any:
         choice = self.plan.choices[node.name]
-        kernel = choice.bulk if self.bulk and choice.bulk is not None else choice.kernel
+        kernel = choice.kernel
         args = self._arguments(node)
         spare = self._copies(kernel, args)
         meta = _on_meta(node.target, args, self._metas)
         out = self._pool.take(meta) if isinstance(meta, torch.Tensor) else tuple(self._pool.take(m) for m in meta)
-        self.calls.append(kernel.bind(args, out))
+        self._note(kernel.bind(args, out), node)
         self._return(spare)
         return out
+
+    def _note(self, made: Callable[[], Any], node: fx.Node) -> None:
+        if isinstance(made, Call):
+            made.node = node.name
+        self._made.append(made)
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
         """Values by argument name; weights that the kernel takes as they are stored stay so."""
@@ -154,10 +262,8 @@ class Bound:
         """Replace arguments that the kernel does not take as they lie by copies, refreshed on every step."""
         spare = []
         for name in kernel.contiguous(args):
-            copy = self._pool.take(args[name].to("meta"))
-            self.calls.append(partial(copy.copy_, args[name]))
-            args[name] = copy
-            spare.append(copy)
+            args[name] = self._copy(args[name])
+            spare.append(args[name])
         return spare
 
     def _return(self, spare: list[torch.Tensor]) -> None:
@@ -172,8 +278,8 @@ class Bound:
         spare = self._copies(kernel, args)
         # [B, T, H, E] in memory, so that the transpose behind attention is a view
         out = self._pool.take(_on_meta(node.target, args, self._metas).transpose(1, 2)).transpose(1, 2)
-        self.calls.append(partial(self.cache.append, int(args["layer"]), args["key"], args["value"]))
-        self.calls.append(kernel.attend(self.cache, args, out))
+        for made in kernel.attend(self.cache, args, out):
+            self._note(made, node)
         self._return(spare)
         return out
 
@@ -187,9 +293,31 @@ class Bound:
             return result
         if result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr():
             return result
-        out = self._pool.take(result.to("meta"))
-        self.calls.append(partial(out.view(args[0].shape).copy_, args[0]))
+        out = self._pool.take(torch.empty(result.shape, dtype=result.dtype, device="meta"))
+        whole = out.view(args[0].shape)
+        self._made.append(copied(args[0], whole) or partial(whole.copy_, args[0]))
         return out
+
+
+def _units(made: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
+    """The calls in order, with neighbouring calls of generated functions as one unit."""
+    out: list[Callable[[], Any]] = []
+    for generated, calls in groupby(made, key=lambda each: isinstance(each, Call)):
+        out += [Unit(cast("list[Call]", list(calls)))] if generated else list(calls)
+    return out
+
+
+def _logits(graph: fx.Graph, regions: Sequence[Region]) -> tuple[fx.Node, fx.Node] | None:
+    """(activations, their reader): from that reader on, nodes do nothing but compute logits, each row by itself."""
+    heads = [r for r in regions if r.kind == "product" and all(is_op(p, HEAD) for c in r.chains for p in c.products)]
+    read = {user.op for region in heads for node in region.outputs for user in node.users}
+    if len(heads) != 1 or read != {"output"}:
+        return None
+    (reader,) = heads[0].chains[0].products
+    source: fx.Node = arguments(reader)["x"]
+    while is_op(source, RMS_NORM, LAYER_NORM, QUANTIZED) and len(source.users) == 1:
+        reader, source = source, arguments(source)["x"]
+    return source, reader
 
 
 def _addresses(value: Any) -> dict[int, torch.UntypedStorage]:

@@ -8,6 +8,7 @@ of steps and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -80,7 +81,8 @@ class Decoding:
             self._see(torch.full((len(row.prompt),), number), row.prompt)
         outputs = self.session.prefill([r.prompt for r in self.rows], self.drafter.harvest if self.drafter else None)
         everyone = torch.arange(len(self.rows))
-        first = self._choose(everyone, outputs["logits"], torch.tensor([len(row.prompt) for row in self.rows]))
+        with _one_thread():
+            first = self._choose(everyone, outputs["logits"], torch.tensor([len(row.prompt) for row in self.rows]))
         for number, token in enumerate(first):
             if self.drafter is not None:
                 self.drafter.observe(number, 0, {name: value[:, None] for name, value in outputs.items()})
@@ -120,7 +122,8 @@ class Decoding:
         valid = running[:, None] & (positions < self.session.cache.capacity)
         outputs = self.session.step(drafts, positions * valid, valid, self._ancestors)
         logits = outputs["logits"]
-        paths, fresh = self._walk(drafts, positions, logits)
+        with _one_thread():
+            paths, fresh = self._walk(drafts, positions, logits)
         for number, path in enumerate(paths):
             if self.drafter is not None and path:
                 self.drafter.harvest(number, drafts[number][valid[number]], logits[number][valid[number]])
@@ -189,6 +192,20 @@ class Decoding:
         elif len(row.tokens) >= self.limits.new_tokens:
             row.done, row.reason = True, "length"
         return tokens
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch on the calling thread: its others would spin on the cores that the next step needs.
+
+    Two cores, 430 M parameters in 4 bits: 47 tokens/s with them, 78 without (2026-11-21).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ancestors(parents: Sequence[int]) -> torch.Tensor:

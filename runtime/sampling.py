@@ -167,6 +167,10 @@ def choose(
     processed: float32 [N, V] from `Sampling.process`. positions: int64 [N], the absolute positions that the chosen
     tokens will take. Of tied tokens the lowest id wins. Raises SmeltError where a row holds nothing to choose from.
     """
+    if sampling.greedy and processed.device.type == "cpu" and processed.dtype is torch.float32:
+        best = torch.from_numpy(processed.numpy().argmax(-1))  # one thread, a quarter of what torch takes; NaN wins
+        _check_finite(processed.gather(1, best[:, None])[:, 0], positions)
+        return best
     return choose_with_margin(processed, sampling, request, positions)[0]
 
 
@@ -179,17 +183,22 @@ def choose_with_margin(
     """
     score, ids = (processed, None) if sampling.greedy else _noisy(processed, sampling.seed, request, positions)
     top = score.topk(min(2, score.shape[-1])).values
-    bad = ~top[:, 0].isfinite()
+    _check_finite(top[:, 0], positions)
+    best = score.argmax(dim=-1, keepdim=True)
+    token = best if ids is None else ids.gather(1, best)
+    margin = top[:, 0] - top[:, 1] if top.shape[-1] == 2 else torch.full_like(top[:, 0], math.inf)
+    return token[:, 0], margin
+
+
+def _check_finite(best: torch.Tensor, positions: torch.Tensor) -> None:
+    """Refuses rows whose greatest score is no number."""
+    bad = ~best.isfinite()
     if bad.any():
         row = int(bad.nonzero()[0])
         raise SmeltError(
             f"row {row} of the logits, position {int(positions[row])}, holds NaN or inf, or no allowed token: "
             "the model overflowed or has broken weights; try a wider dtype (float32 or bfloat16) for it"
         )
-    best = score.argmax(dim=-1, keepdim=True)
-    token = best if ids is None else ids.gather(1, best)
-    margin = top[:, 0] - top[:, 1] if top.shape[-1] == 2 else torch.full_like(top[:, 0], math.inf)
-    return token[:, 0], margin
 
 
 def _noisy(

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ..codegen.plan import BULK, Plan
+from ..codegen.plan import Plan
 from ..ir.cache import Cache
 from ..ir.errors import SmeltError
 from .bound import Bound
 
-CHUNK = 4 * BULK  # tokens of a prompt that are read at once
+CHUNK = 512  # tokens of a prompt that are read at once
 LOGITS = 1 << 26  # most logits of a chunk (256 MiB); large batches and vocabularies read fewer tokens at once
-WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)  # the rest of a prompt is padded to these, so that few bindings are made
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pieces of a prompt are padded to these: few bindings are made
 
 Harvest = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -35,21 +35,17 @@ class Session:
     def prefill(self, prompts: Sequence[Sequence[int]], harvest: Harvest | None = None) -> dict[str, torch.Tensor]:
         """Read one prompt a row; returns for each output the values at every row's last token, [B, ...].
 
-        `harvest(row, tokens, logits)` sees every prompt token with the logits behind it, as prompts are read. How a
-        prompt is cut depends on its own length alone, so that a row's values do not depend on the others: whole blocks
-        of BULK tokens go through bulk kernels, what is left through those of a step.
+        `harvest(row, tokens, logits)` sees every prompt token with the logits behind it, as prompts are read; without
+        it only the last token's logits are computed.
         """
-        vocabulary = int(self.plan.program.facts.get("vocabulary") or 1)
-        chunk = max(BULK, min(CHUNK, LOGITS // (len(prompts) * vocabulary) // BULK * BULK))
-        whole = [len(prompt) // BULK * BULK for prompt in prompts]
+        vocabulary = int(self.plan.program.facts.get("vocabulary") or 1) if harvest else 1
+        chunk = max(width for width in WIDTHS if width == 1 or width * len(prompts) * vocabulary <= LOGITS)
         last: dict[str, torch.Tensor] = {}
-        for start in range(0, max(whole), chunk):
-            pieces = [prompt[start : min(start + chunk, end)] for prompt, end in zip(prompts, whole, strict=True)]
-            self._read(pieces, max(map(len, pieces)), True, last, harvest)
-        pieces = [prompt[end:] for prompt, end in zip(prompts, whole, strict=True)]
-        if longest := max(map(len, pieces)):
-            self._read(pieces, next(width for width in WIDTHS if width >= longest), False, last, harvest)
-        self._bound = {key: b for key, b in self._bound.items() if key == (1, False)}  # free a prompt's large buffers
+        for start in range(0, max(map(len, prompts)), chunk):
+            pieces = [prompt[start : start + chunk] for prompt in prompts]
+            width = next(width for width in WIDTHS if width >= max(map(len, pieces)))
+            self._read(pieces, width, last, harvest)
+        self._bound = {key: b for key, b in self._bound.items() if key[0] == 1}  # free a prompt's large buffers
         self.cache.end_prefill()
         return last
 
@@ -59,12 +55,12 @@ class Session:
         positions: torch.Tensor,
         valid: torch.Tensor | None = None,
         ancestors: torch.Tensor | None = None,
-        bulk: bool = False,
+        last: torch.Tensor | None = None,
     ) -> Mapping[str, torch.Tensor]:
         """Evaluate new tokens [B, T] against the cache; commit or drop them afterwards through `cache.commit`.
 
-        Arguments as in `Cache.begin`; `bulk` as in `Bound`. The results are buffers of the session: they hold until the
-        next step.
+        Arguments as in `Cache.begin`. `last` int64 [B]: the one token of each row whose logits are asked for; they are
+        [B, 1, V] then. The results are buffers of the session: they hold until the next step.
         """
         new = tokens.shape[1]
         if valid is None:
@@ -72,10 +68,14 @@ class Session:
                 self._all[new] = torch.ones(tokens.shape, dtype=torch.bool)
             valid = self._all[new]
         self.cache.begin(positions, valid, ancestors)
-        bound = self._bound.get((new, bulk))
+        key = new, last is not None
+        bound = self._bound.get(key)
         if bound is None:
             inputs = {name: torch.zeros(tokens.shape, dtype=torch.int64) for name in ("tokens", "positions")}
-            bound = self._bound[new, bulk] = Bound(self.plan, inputs, self.cache, self._decoded, bulk)
+            picked = None if last is None else torch.zeros_like(last)
+            bound = self._bound[key] = Bound(self.plan, inputs, self.cache, self._decoded, picked)
+        if bound.last is not None and last is not None:
+            bound.last.copy_(last)
         bound.inputs["tokens"].copy_(tokens)
         bound.inputs["positions"].copy_(positions)
         bound.run()
@@ -85,7 +85,6 @@ class Session:
         self,
         pieces: Sequence[Sequence[int]],
         width: int,
-        bulk: bool,
         last: dict[str, torch.Tensor],
         harvest: Harvest | None,
     ) -> None:
@@ -96,14 +95,15 @@ class Session:
             tokens[row, : len(piece)] = torch.as_tensor(piece, dtype=torch.int64)
             valid[row, : len(piece)] = True
         positions = (torch.tensor(self.cache.lengths)[:, None] + torch.arange(width)) * valid
-        outputs = self.step(tokens, positions, valid, bulk=bulk)
+        ends = torch.tensor([max(0, len(piece) - 1) for piece in pieces])
+        outputs = self.step(tokens, positions, valid, last=ends if harvest is None and width > 1 else None)
         for row, piece in enumerate(pieces):
             if not len(piece):
                 continue
             for name, value in outputs.items():
                 if name not in last:
                     last[name] = value.new_zeros(len(pieces), *value.shape[2:])
-                last[name][row] = value[row, len(piece) - 1]
+                last[name][row] = value[row, min(len(piece), value.shape[1]) - 1]
             if harvest is not None:
                 harvest(row, tokens[row, : len(piece)], outputs["logits"][row, : len(piece)])
         self.cache.commit([list(range(len(piece))) for piece in pieces])

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import sympy
 
-from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load
+from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Take
 from ..ranges import Ranges, across, fold
 from .index import text
 
@@ -29,6 +29,9 @@ VECTORS = {
 PRELUDE = """\
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
@@ -37,10 +40,21 @@ typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
 template <class V, class T> static inline V load(const T* p) {  // 16 neighbours, at any alignment
   V v;
   static_assert(sizeof(v) == 16 * sizeof(T), "a vector has 16 lanes");
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline i32x16 load_words(const void* p) {
+  i32x16 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline u8x64 load_bytes(const void* p) {
+  u8x64 v;
   memcpy(&v, p, sizeof v);
   return v;
 }
@@ -111,7 +125,18 @@ static inline float f16_to_f32(uint16_t h) {
   return x;
 }
 #endif
-#if defined(__clang__) && defined(__FLT16_MAX__)
+#if defined(__AVX512F__)
+static inline f32x16 f16_to_f32(u16x16 h) { return (f32x16)_mm512_cvtph_ps((__m256i)h); }
+#elif defined(__F16C__)
+static inline f32x16 f16_to_f32(u16x16 h) {
+  __m128i half[2];
+  memcpy(half, &h, sizeof h);
+  const __m256 whole[2] = {_mm256_cvtph_ps(half[0]), _mm256_cvtph_ps(half[1])};
+  f32x16 x;
+  memcpy(&x, whole, sizeof x);
+  return x;
+}
+#elif defined(__clang__) && defined(__FLT16_MAX__)
 static inline f32x16 f16_to_f32(u16x16 h) {
   typedef _Float16 f16x16 __attribute__((vector_size(32)));
   return __builtin_convertvector((f16x16)h, f32x16);
@@ -126,6 +151,61 @@ static inline f32x16 f16_to_f32(u16x16 h) {
   return (f32x16)((u32x16)x | special | (w & 0x8000u) << 16);
 }
 #endif
+
+// entries of a table of SIZE numbers at computed places
+template <int SIZE> static inline f32x16 take_float32(const float* table, i32x16 at) {
+#if defined(__AVX512F__)
+  if (SIZE <= 16) {
+    f32x16 held = {};
+    memcpy(&held, table, (SIZE <= 16 ? SIZE : 16) * sizeof(float));
+    return (f32x16)_mm512_permutexvar_ps((__m512i)at, (__m512)held);
+  }
+#endif
+  f32x16 v;
+  for (int i = 0; i < 16; i++) v[i] = table[at[i]];
+  return v;
+}
+template <int SIZE> static inline u16x16 take_float16(const uint16_t* table, i32x16 at) {
+  u16x16 v;
+  for (int i = 0; i < 16; i++) v[i] = table[at[i]];
+  return v;
+}
+template <int SIZE> static inline u16x16 take_bfloat16(const uint16_t* table, i32x16 at) {
+  return take_float16<SIZE>(table, at);
+}
+template <int SIZE> static inline i32x16 take_int32(const int32_t* table, i32x16 at) {
+  i32x16 v;
+  for (int i = 0; i < 16; i++) v[i] = table[at[i]];
+  return v;
+}
+
+// acc + the products of four neighbouring bytes a lane with the four signed bytes of x
+static inline i32x16 dot4(i32x16 acc, u8x64 a, int32_t x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, _mm512_set1_epi32(x));
+#elif defined(__AVX2__)
+  __m256i sums[2], bytes[2];
+  memcpy(sums, &acc, sizeof acc);
+  memcpy(bytes, &a, sizeof a);
+  const __m256i four = _mm256_set1_epi32(x);
+  for (int i = 0; i < 2; i++) {
+#if defined(__AVXVNNI__)
+    sums[i] = _mm256_dpbusd_avx_epi32(sums[i], bytes[i], four);
+#else  // no product of bytes here that cannot saturate: even and odd bytes as 16 bits each
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(bytes[i], _mm256_set1_epi16(255)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(bytes[i], 8), _mm256_srai_epi16(four, 8));
+    sums[i] = _mm256_add_epi32(sums[i], _mm256_add_epi32(even, odd));
+#endif
+  }
+  memcpy(&acc, sums, sizeof acc);
+  return acc;
+#else
+  const i32x16 word = (i32x16)a;
+  for (int j = 0; j < 4; j++) acc += (word >> (8 * j) & 255) * (x << (24 - 8 * j) >> 24);
+  return acc;
+#endif
+}
 """
 
 
@@ -139,6 +219,8 @@ def scalar(expr: Expr, names: Mapping[str, str] | None = None) -> str:
     match expr:
         case Load(part, at, _):
             return f"{(names or {}).get(part, part)}[{index(at)}]"
+        case Take(part, _, at, _):
+            return f"{(names or {}).get(part, part)}[{scalar(at, names)}]"
         case Const(value, dtype):
             return _literal(value, dtype)
         case Index(value):
@@ -169,6 +251,10 @@ def _vector(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, 
                     return f"load<{VECTORS[dtype]}>({name} + {index(at - lane)})", True
             each = (f"{name}[{index(fold(at.subs(lane, i), ranges))}]" for i in range(LANES))
             return f"{VECTORS[dtype]}{{{', '.join(each)}}}", True
+        case Take(part, size, at, dtype):
+            position, varies = _vector(at, lane, ranges, names)
+            table = names.get(part, part)
+            return (f"take_{dtype}<{size}>({table}, {position})" if varies else f"{table}[{position}]"), varies
         case Index(value):
             value = fold(value, ranges)
             if across(value, lane) == "uniform":
@@ -180,9 +266,68 @@ def _vector(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, 
         case Bin(op, a, b):
             (left, left_varies), (right, right_varies) = (_vector(side, lane, ranges, names) for side in (a, b))
             return f"({left} {OPERATORS[op]} {right})", left_varies or right_varies
+        case Cast(to, Load() as load) if word := _word(load, lane, ranges, names):
+            return _cast_vector(to, "int32", word), True
         case Cast(to, a):
             operand, varies = _vector(a, lane, ranges, names)
             return (_cast_vector if varies else _cast_scalar)(to, a.dtype, operand), varies
+
+
+def low_bits(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str] | None = None) -> str:
+    """An int32 expression as a vector of which only the low bits count: what lies above need not be cut off."""
+    shift: sympy.Expr = sympy.Integer(0)
+    match expr:
+        case Bin("shr", Cast("int32", Load() as load), (Index() | Const()) as by):
+            shift = sympy.sympify(by.value)
+        case Cast("int32", Load() as load):
+            pass
+        case _:
+            return vector(expr, lane, ranges, names)
+    at, shift = fold(load.index, ranges), fold(shift, ranges)
+    if load.dtype != "uint8" or across(at, lane) != "words" or lane in shift.free_symbols:
+        return vector(expr, lane, ranges, names)
+    first = fold(at.subs(lane, 0), ranges)
+    within = fold(sympy.Mod(first, 4), ranges)
+    word = f"load_words({(names or {}).get(load.part, load.part)} + {index(sympy.expand(first - within))})"
+    by_bits = index(fold(8 * within + shift, ranges))
+    return word if by_bits == "0" else f"({word} >> (int32_t)({by_bits}))"
+
+
+def _word(load: Load, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str]) -> str | None:
+    """One byte of the 32-bit word that each lane has of its own, as int32, or None for a load of another kind."""
+    at = fold(load.index, ranges)
+    if load.dtype not in ("uint8", "int8") or across(at, lane) != "words":
+        return None
+    first = fold(at.subs(lane, 0), ranges)
+    within = fold(sympy.Mod(first, 4), ranges)
+    word = f"load_words({names.get(load.part, load.part)} + {index(sympy.expand(first - within))})"
+    if load.dtype == "uint8":
+        return f"({word} >> (int32_t)({index(8 * within)}) & 255)"
+    return f"({word} << (int32_t)(24 - {index(8 * within)}) >> 24)"
+
+
+def byte_lanes(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str] | None = None) -> str | None:
+    """An int32 expression in 0..255 as 64 bytes, or None if it is no such thing.
+
+    Byte 4 * i + j is the value at lane i and at the j-th of four neighbouring columns: `expr` holds the first of them,
+    whose bytes must be the low ends of words that the lanes have of their own.
+    """
+    match expr:
+        case Cast("int32", Load(part, at, "uint8")):
+            at = fold(at, ranges)
+            if across(at, lane) != "words" or fold(sympy.Mod(at.subs(lane, 0), 4), ranges) != 0:
+                return None
+            return f"load_bytes({(names or {}).get(part, part)} + {index(fold(at.subs(lane, 0), ranges))})"
+        case Bin("and", a, Const(mask)) if 0 <= mask <= 255:
+            inner = byte_lanes(a, lane, ranges, names)
+            return inner and f"({inner} & {int(mask)})"
+        case Bin("shr", a, (Index() | Const()) as by):
+            shift = fold(sympy.sympify(by.value), ranges)
+            inner = byte_lanes(a, lane, ranges, names)
+            if inner is None or not shift.is_Integer:
+                return None
+            return inner if shift == 0 else f"({inner} >> {int(shift)})"
+    return None
 
 
 def _literal(value: float, dtype: str) -> str:

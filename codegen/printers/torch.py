@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import sympy
 import torch
 
-from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load
+from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Take
 from .index import text as index_text
 
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "shr": ">>"}
@@ -23,6 +23,8 @@ def text(expr: Expr) -> str:
     match expr:
         case Load(part, at, _):
             return f"{part}[{index(at)}]"
+        case Take(part, _, at, _):
+            return f"{part}[{text(at)}]"
         case Const(value, dtype):
             return f"torch.tensor({value!r}, dtype=torch.{dtype})"
         case Index(value, dtype):

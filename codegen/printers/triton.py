@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, k, n
+from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Take, k, n
 from .torch import OPERATORS, index
 
 TYPES = {"bool": "tl.int1"}  # every other dtype has one name in Triton and here
@@ -23,6 +23,8 @@ def text(expr: Expr, names: Mapping[str, str] | None = None, row_mask: str = "",
             ]
             masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
             return f"tl.load({(names or {}).get(part, part)} + {index(at)}{masked})"
+        case Take(part, _, at, _):  # an index masked out is 0, and the table has an entry there
+            return f"tl.load({(names or {}).get(part, part)} + {text(at, names, row_mask, column_mask)})"
         case Const(value):
             return repr(value)
         case Index(value, dtype):

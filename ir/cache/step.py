@@ -26,6 +26,11 @@ class Step:
         """New tokens of each row, T."""
         return self.positions.shape[1]
 
+    @cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Of `positions` and `words`, for kernels; they hold as long as the step does."""
+        return self.positions.data_ptr(), self.words.data_ptr()
+
     def sees(self, row: int, queries: slice) -> torch.Tensor:
         """bool [queries, T]: which new tokens these new tokens of a row see."""
         valid, at = self.valid[row], self.positions[row]

@@ -30,6 +30,20 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Take:
+    """The entry of a small table `part` (shared by the slice) at a computed int32 `index` in 0 .. `size` - 1."""
+
+    part: str
+    size: int
+    index: Expr
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.index.dtype != "int32":
+            raise TypeError(f"a table is indexed by int32, not {self.index.dtype}")
+
+
+@dataclass(frozen=True)
 class Const:
     """A literal."""
 
@@ -73,7 +87,7 @@ class Cast:
     a: Expr
 
 
-Expr: TypeAlias = Load | Const | Index | Bin | Cast
+Expr: TypeAlias = Load | Take | Const | Index | Bin | Cast
 
 
 def substitute(expr: Expr, values: Mapping[sympy.Symbol, sympy.Expr | int]) -> Expr:
@@ -83,6 +97,8 @@ def substitute(expr: Expr, values: Mapping[sympy.Symbol, sympy.Expr | int]) -> E
             return Load(part, sympy.sympify(index).subs(values, simultaneous=True), dtype)
         case Index(value, dtype):
             return Index(sympy.sympify(value).subs(values, simultaneous=True), dtype)
+        case Take(part, size, at, dtype):
+            return Take(part, size, substitute(at, values), dtype)
         case Bin(op, a, b):
             return Bin(op, substitute(a, values), substitute(b, values))
         case Cast(dtype, a):
@@ -98,6 +114,8 @@ def indices(expr: Expr) -> Iterator[sympy.Expr]:
             yield sympy.sympify(index)
         case Index(value, _):
             yield sympy.sympify(value)
+        case Take(_, _, at, _):
+            yield from indices(at)
         case Bin(_, a, b):
             yield from indices(a)
             yield from indices(b)
@@ -106,12 +124,28 @@ def indices(expr: Expr) -> Iterator[sympy.Expr]:
 
 
 def loads(expr: Expr) -> Iterator[Load]:
-    """Every load in the tree, left to right; the parts that a kernel must be given."""
+    """Every load in the tree, left to right, those inside of a table's index included."""
     match expr:
         case Load():
             yield expr
+        case Take(_, _, at, _):
+            yield from loads(at)
         case Bin(_, a, b):
             yield from loads(a)
             yield from loads(b)
         case Cast(_, a):
             yield from loads(a)
+
+
+def stored(expr: Expr) -> dict[str, str]:
+    """The parts that the tree reads and how each is stored, in the order of its first use; a kernel must be given them."""
+    match expr:
+        case Load(part, _, dtype):
+            return {part: dtype}
+        case Take(part, _, at, dtype):
+            return {**stored(at), part: dtype}
+        case Bin(_, a, b):
+            return {**stored(a), **stored(b)}
+        case Cast(_, a):
+            return stored(a)
+    return {}

@@ -2,7 +2,9 @@
 
 from .attention import ATTENTION, CACHED_ATTENTION
 from .linear import ACTIVATIONS, EMBEDDING, EXPERTS, GATED, HEAD, LINEAR
+from .loss import HEAD_CROSS_ENTROPY
 from .norm import LAYER_NORM, RMS_NORM
+from .quantized import QUANTIZED
 from .registry import OPS, Cost, Op, arguments, define, is_op
 from .rotary import ROTARY
 
@@ -14,9 +16,11 @@ __all__ = [
     "EXPERTS",
     "GATED",
     "HEAD",
+    "HEAD_CROSS_ENTROPY",
     "LAYER_NORM",
     "LINEAR",
     "OPS",
+    "QUANTIZED",
     "RMS_NORM",
     "ROTARY",
     "Cost",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +58,15 @@ def define(
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """A dialect node's arguments by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]  # only nodes whose target is an overload
-    bound: dict[str, Any] = {a.name: a.default_value for a in schema if a.has_default_value()}
-    bound.update(zip((a.name for a in schema), node.args, strict=False))
-    return bound | dict(node.kwargs)
+    names, defaults = _signature(node.target)
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+@functools.cache
+def _signature(target: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Argument names in order, and defaults; read once, because torch builds a schema anew on each access."""
+    schema = target._schema.arguments
+    return tuple(a.name for a in schema), {a.name: a.default_value for a in schema if a.has_default_value()}
 
 
 def is_op(node: fx.Node, *ops: Op) -> bool:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
-from torch.nn import functional
 
+from ...ir.errors import SmeltError
 from ...ir.interpret import interpret
+from ...ir.ops import HEAD, arguments, is_op
+from ...ir.ops.loss import HEAD_CROSS_ENTROPY
 from ...ir.program import Program
 from ...ir.weight import Weight
 from ._split import branch, trunk
@@ -34,13 +36,28 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A head's way to the vocabulary: weight [V, K] and perhaps bias [V]."""
+
+    weight: Weight
+    bias: Weight | None
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both decoded; what is trained is itself, so that gradients reach it."""
+        return self.weight.dense(), None if self.bias is None else self.bias.dense()
+
+
+@dataclass(frozen=True)
 class Drill:
-    """A Program cut at the hidden state that its heads read, and the heads' weights in float32, ready for gradients."""
+    """A Program cut at the hidden state that its heads read, and the heads' weights in float32, ready for gradients.
+
+    The branch ends in front of the projections to the vocabulary: the loss takes them, so that no update holds logits.
+    """
 
     trunk: Program
     branch: Program
+    projections: tuple[Projection, ...]
     weights: Mapping[str, torch.Tensor]
-    heads: int
     decay: float
 
     @classmethod
@@ -52,38 +69,71 @@ class Drill:
         assert isinstance(hidden, fx.Node)
         part = branch(program, hidden, "heads")
         part.weights |= {name: replace(Weight.of(value), parts={"data": value}) for name, value in weights.items()}
-        heads = sum(name.endswith(".block.weight") for name in names)
-        return cls(trunk(program, hidden), part, weights, heads, decay)
+        return cls(trunk(program, hidden), part, _cut(part), weights, decay)
 
-    def guesses(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [N, P, J, V] and the tokens that came, [N, P, J], for windows of text [N, L] with P = L - J - 1.
+    @property
+    def heads(self) -> int:
+        """How many heads there are, J."""
+        return len(self.projections)
 
-        Head j at place t guesses token t + j + 2: the model's own head guesses t + 1.
+    def guesses(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """What each head projects, J of [N, P, K], and the tokens that came, [N, P, J], for windows of text [N, L].
+
+        P = L - J - 1. Head j at place t guesses token t + j + 2: the model's own head guesses t + 1.
         """
         rows, length = tokens.shape
         positions = torch.arange(length).expand(rows, -1)
         with torch.no_grad():
             hidden = interpret(self.trunk, {"tokens": tokens, "positions": positions})["hidden"]
-        logits = interpret(self.branch, {"hidden": hidden[:, : length - self.heads - 1]})["heads"]
-        return logits, tokens[:, 2:].unfold(1, self.heads, 1)
+        states = interpret(self.branch, {"hidden": hidden[:, : length - self.heads - 1]})
+        return list(states.values()), tokens[:, 2:].unfold(1, self.heads, 1)
 
-    def loss(self, logits: torch.Tensor, came: torch.Tensor) -> torch.Tensor:
+    def loss(self, states: list[torch.Tensor], came: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats, the mean over places of Σ_j decay^j · entropy_j."""
-        entropy = functional.cross_entropy(logits.flatten(0, 2), came.flatten(), reduction="none")
-        factors = self.decay ** torch.arange(self.heads)
-        return (entropy.view(-1, self.heads).mean(0) * factors).sum()
+        total = torch.zeros(())
+        for j, (state, projection) in enumerate(zip(states, self.projections, strict=True)):
+            weight, bias = projection.dense()
+            entropy = HEAD_CROSS_ENTROPY.target(state.flatten(0, 1), weight, came[..., j].flatten(), bias)
+            total = total + self.decay**j * entropy.mean()
+        return total
 
     @torch.no_grad()
     def measure(self, tokens: torch.Tensor, width: int) -> Score:
         """The score over windows [N, L], with hit rates of the first `width` ranks."""
         total, ranks = 0.0, []
         for part in tokens.split(AT_ONCE):
-            logits, came = self.guesses(part)
-            total += self.loss(logits, came).item() * len(part) / len(tokens)
-            ranks.append((logits > logits.gather(-1, came[..., None])).sum(-1))
+            states, came = self.guesses(part)
+            total += self.loss(states, came).item() * len(part) / len(tokens)
+            ranks.append(torch.stack([self._rank(j, state, came[..., j]) for j, state in enumerate(states)], -1))
         places = torch.cat(ranks)
         hits = [(places == rank).double().mean((0, 1)).tolist() for rank in range(width)]
         return Score(total, tuple(zip(*hits, strict=True)))
+
+    def _rank(self, j: int, state: torch.Tensor, came: torch.Tensor) -> torch.Tensor:
+        """How many tokens head j holds for likelier than the one that came, [N, P]."""
+        logits = HEAD.reference(state, *self.projections[j].dense())
+        return (logits > logits.gather(-1, came[..., None])).sum(-1)
+
+
+def _cut(part: Program) -> tuple[Projection, ...]:
+    """Take the projections off a branch of heads; its outputs become what they project, in order."""
+    stacked = part.outputs["heads"]
+    found = list(stacked.all_input_nodes)
+    for j, node in enumerate(found):
+        if not is_op(node, HEAD):
+            raise SmeltError(
+                f"train.heads: head {j} must end in smelt.head to be trained, but ends in {node.name}: "
+                "move train.heads right behind decode.heads"
+            )
+    bound = [arguments(node) for node in found]
+    projections = tuple(
+        Projection(part.weights[str(a["weight"].target)], a["bias"] and part.weights[str(a["bias"].target)])
+        for a in bound
+    )
+    part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
+    part.graph.output({str(j): a["x"] for j, a in enumerate(bound)})
+    part.prune()
+    return projections
 
 
 def trained(program: Program) -> list[str]:

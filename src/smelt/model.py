@@ -100,8 +100,7 @@ class Compiled:
     @property
     def kernels(self) -> list[dict[str, Any]]:
         """One row a node: kernel, source and why it was chosen or refused."""
-        rows = self.plan.kernels()
-        return [{**row, "source": self.plan.choices[row["node"]].kernel.source} for row in rows]
+        return self.plan.kernels()
 
     @property
     def context(self) -> int:
@@ -121,7 +120,7 @@ class Compiled:
             if len(self._bound) == KEPT:
                 self._bound.pop(next(iter(self._bound)))
             buffers = {n: torch.empty_like(v, memory_format=torch.contiguous_format) for n, v in checked.items()}
-            self._bound[key] = Bound(self.plan, buffers, None, self._decoded, bulk=True)
+            self._bound[key] = Bound(self.plan, buffers, None, self._decoded)
         bound = self._bound[key]
         for name, value in checked.items():
             bound.inputs[name].copy_(value)

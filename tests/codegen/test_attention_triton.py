@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from smelt.codegen.attention_triton import ROWS, TritonAttention, covers, signature
+from smelt.codegen.attention_triton import OCCUPANCY, PIECES, ROWS, TILE, TritonAttention, covers, options, signature
+from smelt.codegen.attention_triton_columns import CODE, parted
 from smelt.ir.cache import Cache, CachePlan, Select, Site
-from smelt.ir.encoding import Affine
+from smelt.ir.encoding import Affine, Dense
+from smelt.ir.encoding.expr import loads
 
 pytest.importorskip("triton")
 
@@ -25,6 +27,9 @@ SITES = {
     "halves": replace(PLAIN, dense="float16", key_dim=48, value_dim=16),
     "kivi": PAGED,
     "kivi halves": replace(PAGED, dense="float16"),
+    "kivi padded": replace(
+        PAGED, key_dim=96, value_dim=96, keys=Affine(4, 32, "channel", True), values=Affine(4, 32, "token", True)
+    ),
     "window": replace(PAGED, window=50, keys=Affine(4, 0), values=None, select=Select("key_norm", 0.75, 96), heads=2),
     "stream": replace(PLAIN, sink=4, tail=40, window=44, select=Select("recency", budget=0)),
 }
@@ -44,36 +49,50 @@ def fresh(site: Site, rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, 
     )
 
 
-def prompted(site: Site, device: str = "cpu") -> Cache:
-    cache, longest = Cache(CachePlan((site,)), len(LENGTHS), 160, device, scratch=8), max(LENGTHS)
-    _, keys, values = (x.to(device) for x in fresh(site, len(LENGTHS), longest, 0))
-    valid = torch.arange(longest) < torch.tensor(LENGTHS)[:, None]
-    cache.begin(torch.arange(longest).expand(len(LENGTHS), -1).to(device), valid.to(device))
+def prompted(site: Site, device: str = "cpu", lengths: list[int] = LENGTHS) -> Cache:
+    cache, longest = Cache(CachePlan((site,)), len(lengths), 640, device, scratch=8), max(lengths)
+    _, keys, values = (x.to(device) for x in fresh(site, len(lengths), longest, 0))
+    valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    cache.begin(torch.arange(longest).expand(len(lengths), -1).to(device), valid.to(device))
     cache.append(0, keys, values)
-    cache.commit([list(range(n)) for n in LENGTHS])
+    cache.commit([list(range(n)) for n in lengths])
     cache.end_prefill()
     return cache
 
 
-def check(site: Site, tokens: int, device: str = "cpu", wrong: float = 1.0) -> float:
-    """The largest difference from the reference, over options, padding and a tree."""
-    cache, kernel = prompted(site, device), TritonAttention(site)
-    q, keys, values = (x.to(device) for x in fresh(site, len(LENGTHS), tokens, 1))
-    valid = torch.ones(len(LENGTHS), tokens, dtype=torch.bool)
+def check(
+    site: Site,
+    tokens: int,
+    device: str = "cpu",
+    wrong: float = 1.0,
+    lengths: list[int] = LENGTHS,
+    programs: int | None = None,
+    plain: bool = True,
+) -> float:
+    """The largest difference from the reference, with padding: a tree with all options, and a plain step."""
+    cache, kernel = prompted(site, device, lengths), TritonAttention(site, programs)
+    q, keys, values = (x.to(device) for x in fresh(site, len(lengths), tokens, 1))
+    valid = torch.ones(len(lengths), tokens, dtype=torch.bool)
     valid[0, tokens // 2 + 1 :] = False
     for x in (keys, values):
         x[~valid[:, None].expand(x.shape[:3])] = float("nan")
     worst = 0.0
     tree = torch.eye(tokens, dtype=torch.bool)
     tree[:, 0] = True
-    for ancestors, softcap, sinks in ((None, None, None), (tree, 5.0, torch.linspace(-2, 3, site.heads))):
-        positions = torch.tensor(LENGTHS)[:, None] + (torch.arange(tokens) if ancestors is None else tree.sum(1) - 1)
+    every = (tree, 5.0, torch.linspace(-2, 3, site.heads))
+    for ancestors, softcap, sinks in (every, (None, None, None)) if plain else (every,):
+        positions = torch.tensor(lengths)[:, None] + (torch.arange(tokens) if ancestors is None else tree.sum(1) - 1)
         cache.begin(positions.to(device), valid.to(device), ancestors if ancestors is None else ancestors.to(device))
         cache.append(0, keys, values)
-        out = torch.full((len(LENGTHS), site.heads, tokens, site.value_dim), float("nan"), device=device)
+        out = torch.full((len(lengths), site.heads, tokens, site.value_dim), float("nan"), device=device)
         sinks = sinks if sinks is None else sinks.to(device)
-        kernel(cache, 0, q, out, 0.2 * wrong, softcap, sinks)
-        worst = max(worst, float((out - cache.attend(0, q, 0.2, site.window, softcap, sinks)).abs().max()))
+        launches = kernel.launches(cache, 0, q, out, 0.2 * wrong, softcap, sinks)
+        for scratch in kernel.scratch(q):
+            scratch.fill_(float("nan"))  # what no piece wrote must not be read
+        for launch in launches:
+            launch()
+        error = (out - cache.attend(0, q, 0.2, site.window, softcap, sinks)).abs().nan_to_num(nan=torch.inf)
+        worst = max(worst, float(error.max()))
     return worst
 
 
@@ -84,20 +103,85 @@ def test_the_kernel_computes_the_reference(name, tokens):
 
 
 @interpreted
+@pytest.mark.parametrize("programs", [7, 34])
+def test_any_number_of_programs_shares_the_tiles(programs):
+    """Rows that end around a tile, two blocks of query rows, and more programs than the 32 tiles."""
+    site = replace(SITES["kivi"], page=64, tail=16, keys=Affine(4, 16, "channel", True))
+    assert check(site, 9, lengths=[31, 0, 129], programs=programs, plain=False) < TOLERANCE["float32"]
+
+
+@interpreted
+def test_a_unit_is_merged_from_many_pieces():
+    site = replace(PLAIN, heads=2, kv_heads=1)
+    assert 600 / TILE > PIECES
+    assert check(site, 2, lengths=[600], programs=600 // TILE) < TOLERANCE["float32"]
+
+
+@interpreted
+@pytest.mark.parametrize("site", [SITES["stream"], replace(PLAIN, window=40)], ids=["sinks", "tail"])
+def test_tiles_that_no_query_sees_are_skipped(site):
+    """Tokens in front of the window are NaN: whoever read them would pass that on."""
+    cache, kernel = prompted(site, lengths=[200, 90]), TritonAttention(site)
+    q, keys, values = fresh(site, 2, 1, 1)
+    cache.begin(torch.tensor([[200], [90]]))
+    cache.append(0, keys, values)
+    out = torch.full((2, site.heads, 1, site.value_dim), float("nan"))
+    want = cache.attend(0, q, 0.2, site.window)
+    segments = cache.segments[0]
+    for row, length in enumerate((200, 90)):
+        unseen = max(0, int(cache.counts(0)[row, 2]) - site.window + 1) // TILE * TILE
+        assert unseen > 0 or site.sink
+        segments.tail_v[row, :, :unseen] = float("nan")
+        assert length - (site.sink - 1) >= site.window
+    segments.sink_v.fill_(float("nan"))
+    kernel(cache, 0, q, out, 0.2)
+    assert float((out - want).abs().max()) < TOLERANCE["float32"]
+
+
+@interpreted
+def test_the_same_launches_serve_a_growing_cache():
+    """What a captured graph does: arguments and grids as they were, while counts and contents change in place."""
+    site, length = SITES["kivi"], 77
+    cache, kernel = prompted(site, lengths=[length, 3]), TritonAttention(site, programs=5)
+    q, out = torch.randn(2, site.heads, 1, site.key_dim), torch.empty(2, site.heads, 1, site.value_dim)
+    launches, at = (), torch.empty(0)
+    for step in range(40):  # a page leaves on the way
+        _, keys, values = fresh(site, 2, 1, step)
+        cache.begin(torch.tensor([[length + step], [3 + step]]))
+        cache.append(0, keys, values)
+        if not launches:
+            launches, at = kernel.launches(cache, 0, q, out, 0.2), cache.step.positions
+            body = int(cache.counts(0)[0, 1])
+        at.copy_(cache.step.positions)
+        if step % 13 == 0:
+            out.fill_(float("nan"))
+            for launch in launches:
+                launch()
+            assert float((out - cache.attend(0, q, 0.2)).abs().max()) < TOLERANCE["float32"]
+        cache.commit([[0], [0]])
+    assert int(cache.counts(0)[0, 1]) > body
+
+
+@interpreted
 def test_the_comparison_catches_a_wrong_kernel(monkeypatch):
     site = SITES["kivi"]
     assert check(site, 3, wrong=1.05) > 100 * TOLERANCE["float32"]
     from smelt.codegen import attention_triton
 
     text = attention_triton.source(site)
+    monkeypatch.setattr(attention_triton, "INTERPRETED", 7)  # cuts a unit inside of its body
     for right, wrong in (
         ("(token < 32)", "(token < 31)"),  # a dropped row of each page
-        ("total += share *", "total +="),
+        ("tl.sum(shares * totals, 0)", "tl.sum(totals, 0)"),
+        ("high - low == many", "high > low"),  # a piece taken for the whole
+        ("(p == first)", "(p != first)"),
+        ("(low == 0)", "(low != low)"),
+        ("i += high - low", "i = end"),  # a program that stops at its first unit
         ("b * T + t[:, None]", "b * T + 0 * t[:, None]"),  # every query sees what the first one sees
     ):
         assert right in text
         monkeypatch.setattr(attention_triton, "source", lambda site, r=right, w=wrong: text.replace(r, w))
-        assert check(site, 3) > 100 * TOLERANCE["float32"], right
+        assert check(site, 3, plain=False) > 100 * TOLERANCE["float32"], right
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the parent process")
@@ -111,27 +195,47 @@ def test_everything_holds_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
-    ("name", "capability"), [("halves", 80), ("kivi halves", 80), ("kivi halves", 90), ("window", 90)]
+    ("name", "capability", "rows"),
+    [
+        *(("halves", 80, 8), ("kivi halves", 80, 8), ("kivi halves", 90, 8), ("kivi halves", 90, 1), ("window", 90, 1)),
+        ("kivi wide", 80, 8),
+    ],
 )
-def test_the_kernel_compiles_for_a_gpu_without_spilling(name, capability, tmp_path, monkeypatch):
+def test_the_kernel_compiles_for_a_gpu_without_spilling(name, capability, rows, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    site = replace(SITES[name], heads=32, kv_heads=8, key_dim=128, value_dim=128, dense="float16")
+    site = SITES["kivi"] if name == "kivi wide" else SITES[name]
+    width = 256 if name == "kivi wide" else 128
+    site = replace(site, heads=32, kv_heads=8, key_dim=width, value_dim=width, dense="float16")
     kernel, signatures = TritonAttention(site), signature(site)
+    ones = {"B": 1, "T": 1} if rows == 1 else {}  # Triton takes a 1 for a constant
+    shared = {"sinks": None, "SINKS": False, "BATCH": rows, "M": ROWS, **ones}
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for function, types, constants in (
-        (kernel.attend, signatures["attend"], {"SOFTCAP": False, "M": ROWS}),
-        (kernel.merge, signatures["merge"], {"sinks": None, "SINKS": False}),
+        (kernel.attend, signatures["attend"], {**shared, "SOFTCAP": rows == 1}),
+        (kernel.merge, signatures["merge"], shared),
     ):
-        compiled = triton.compile(ASTSource(function, types, constants), target=GPUTarget("cuda", capability, 32))
-        assert compiled.metadata.shared <= 48 * 1024
+        types = types | dict.fromkeys(ones, "constexpr")
+        # as PyTorch allocates them, and as Triton then specialises
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if "*" in types[name]}
+        source = ASTSource(function, types, constants, aligned)
+        choice = options(site) if function is kernel.attend else {}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=choice)
+        assert compiled.metadata.shared <= 99 * 1024  # what a block may have on every card since sm_80
+        if width == 128:
+            assert compiled.metadata.shared * OCCUPANCY <= 128 * 1024  # of 164 KiB on sm_80
         (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
         dump = [tools / "cuobjdump", "--dump-resource-usage", tmp_path / "kernel.cubin"]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-        assert re.search(r"REG:\d+ STACK:0 ", usage), usage
+        registers = re.search(r"REG:(\d+) STACK:0 ", usage)
+        assert registers, usage
+        assert int(registers[1]) * 32 * choice.get("num_warps", 4) <= 65536 // (OCCUPANCY if width == 128 else 1)
+        if function is kernel.attend and "kivi" in name:  # a packed byte is read once, sixteen at a time
+            assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
+            assert not re.search(r"ld\.global\.(b8|u8|s8)", compiled.asm["ptx"])
 
 
 @pytest.mark.gpu
@@ -143,3 +247,11 @@ def test_the_kernel_computes_the_reference_on_a_gpu(site, tokens):
 
 def test_it_covers_what_it_can_print():
     assert all(covers(site) is None for site in SITES.values())
+
+
+def test_columns_are_parted_where_words_are_packed():
+    packed = parted(Affine(4, 32, "token", True).expr((32, 128)), 128)
+    assert packed is not None and packed[:3] == (4, 2, 16)
+    assert [CODE in load.index.free_symbols for load in loads(packed.expr)] == [False] * 3  # codes, scale, zero
+    assert parted(Affine(4, 32, "token", True).expr((32, 96)), 96) is None
+    assert parted(Dense("float16").expr((32, 128)), 128) is None

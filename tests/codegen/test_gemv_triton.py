@@ -1,147 +1,142 @@
-"""The Triton GEMV: right in the interpreter at ragged shapes, and compiled for sm_80 and sm_90 without a spill.
+"""The Triton GEMV: right in the interpreter at ragged shapes, and compiled for sm_80 and sm_90 without a spill."""
 
-Triton decides at its import whether it interprets, so both modes run in a process of their own: this file as a script.
-"""
-
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from smelt.codegen import gemv_triton
-from smelt.ir.encoding import Affine, Dense, Encoding
+from smelt.codegen.autotune_triton import Tile, space
+from smelt.codegen.gemm_triton import TritonProduct
+from smelt.codegen.product_triton import Product
+from smelt.ir.encoding import Affine, Dense
 from smelt.ir.errors import SmeltError
+
+from . import triton_checks as checks
+from .triton_checks import TOLERANCE, compiled, interpreted, product_error
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-ENCODINGS: list[Encoding] = [
-    Dense("float32"),
-    Dense("float16"),
-    Affine(4, 64),
-    Affine(8, 0),
-    Affine(2, 64, zero=True),
-    Affine(4, 3, "channel", zero=True, scale="float32"),
-]
-COMPILED: list[Encoding] = [Dense("float16"), Affine(4, 64), Affine(2, 64, zero=True)]
-MUTANT = "mutant"
-REGISTERS = 128  # 4 warps of such a kernel still fill an SM to half
-TOLERANCE = 2e-7  # of the sum of |x| times the greatest |w|, as for the C++ kernel
+# product, n, k
+CASES = {
+    "float32": (Product(Dense("float32")), 63, 129),
+    "float16": (Product(Dense("float16")), 129, 63),
+    "one": (Product(Dense("bfloat16")), 1, 1),
+    "affine4": (Product(Affine(4, 64)), 129, 192),
+    "affine8 row": (Product(Affine(8, 0), act="relu"), 63, 129),
+    "affine4 row": (Product(Affine(4, 0), act="silu"), 63, 160),
+    "affine2 zero": (Product(Affine(2, 64, zero=True), act="gelu"), 63, 192),
+    "channel": (Product(Affine(4, 3, "channel", zero=True, scale="float32"), act="gelu_tanh"), 129, 96),
+    "narrow groups": (Product(Affine(4, 8)), 63, 96),
+    "gated": (Product(Affine(4, 64), up=Affine(4, 128, zero=True), norm=True, act="silu"), 63, 128),
+    "gated by another packing": (Product(Affine(4, 64), up=Affine(8, 0), act="gelu"), 33, 64),
+}
+GATED = CASES["gated"][0]
+TILE = Tile(block_n=16, block_k=64)
+SPLIT = Tile(block_n=16, block_k=32, splits=2)
+COMPILED = {
+    "float16": (Product(Dense("float16")), 96),
+    "affine4": (Product(Affine(4, 64)), 96),
+    "affine8": (Product(Affine(8, 0)), 96),
+    "affine2 zero": (Product(Affine(2, 128, zero=True)), 128),
+    "gated": (Product(Affine(4, 64), up=Affine(4, 64), norm=True, act="silu"), 128),
+}  # with the registers that one row of x may take; 128 still lets 16 warps of such a kernel share an SM
+FOUR_ROWS = 224
 
 
-def interpret() -> dict[str, float]:
-    """Greatest error by encoding, over ragged M and N, with and without bias."""
-    worst: dict[str, float] = {}
-    for encoding in ENCODINGS:
-        kernel = gemv_triton.kernel(encoding)
-        worst[str(encoding)] = max(_error(kernel, encoding, m, rows) for m, rows in ((1, 63), (3, 129)))
-    text = gemv_triton.source(Affine(4, 64))
-    mutant = gemv_triton.load(text.replace(" & 15", " & 7"), "gemv").gemv
-    assert text.count(" & 15") == 1
-    worst[MUTANT] = _error(mutant, Affine(4, 64), 3, 63)
-    return worst
+@interpreted
+@pytest.mark.parametrize(("product", "n", "k"), CASES.values(), ids=CASES)
+def test_equals_the_reference_at_ragged_shapes(product: Product, n: int, k: int) -> None:
+    for m, tile, extras in ((1, TILE, True), (3, SPLIT, False)):
+        assert product_error(product, (m, n, k), torch.float32, tile, extras) < TOLERANCE[torch.float32]
 
 
-def _error(kernel: Any, encoding: Encoding, m: int, rows: int) -> float:
-    generator = torch.Generator().manual_seed(m)
-    w, x, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 192), (m, 192), (rows,)))
-    parts = encoding.encode(w)
-    w = encoding.decode(parts, (rows, 192))
-    size = x.abs().sum(-1, keepdim=True) * w.abs().amax(-1)
-    worst = 0.0
-    for each in (None, bias):
-        out = torch.full((m, rows), float("nan"))
-        gemv_triton.launch(kernel, parts, x, out, each, gemv_triton.Tile(16, 128))
-        right = x.double() @ w.double().t() + (0 if each is None else each)
-        worst = max(worst, float(((out - right).abs() / size).nan_to_num(nan=9.0).max()))
-    return worst
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_equals_the_reference_in_halves(dtype: torch.dtype) -> None:
+    assert product_error(GATED, (2, 33, 128), dtype, SPLIT) < TOLERANCE[dtype]
 
 
-def compile_ahead() -> dict[str, str]:
-    """What cuobjdump says of every encoding and architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    tile, said = gemv_triton.Tile(), {}
-    for encoding in COMPILED:
-        for arch in (80, 90):
-            source = ASTSource(
-                gemv_triton.kernel(encoding),
-                gemv_triton.signature(encoding, bias=True),
-                {"HAS_BIAS": True, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
-            )
-            options = {"num_warps": tile.warps}
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            cubin = Path(os.environ["SMELT_CACHE"]) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-            said[f"{encoding} sm_{arch}"] = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    return said
+@interpreted
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (" & 15", " & 7"),
+        ("v *= up", "v += up"),
+        ("* -8.0", "* -8.4"),
+        ("tl.minimum(first + share, steps)", "tl.minimum(first + share, steps - 1)"),
+        ("for s in range(0, SPLITS)", "for s in range(1, SPLITS)"),
+        ("tl.rsqrt(all_square_0", "tl.rsqrt(1.1 * all_square_0"),
+        ("v += tl.load(residual", "v -= tl.load(residual"),
+    ],
+)
+def test_a_wrong_kernel_exceeds_the_tolerance(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
+    text = gemv_triton.source(GATED)
+    assert right in text
+    monkeypatch.setattr(gemv_triton, "source", lambda product, rows: text.replace(right, wrong))
+    assert product_error(GATED, (1, 33, 128), tile=SPLIT) > 1000 * TOLERANCE[torch.float32]
 
 
-def _script(mode: str, folder: Path) -> Any:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "SMELT_CACHE": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "triton-cache"),
-        "TRITON_INTERPRET": "1" if mode == "interpret" else "0",
-        "TRITON_DEFAULT_FP_FUSION": "1",
-    }
-    done = subprocess.run([sys.executable, __file__, mode], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@interpreted
+def test_a_row_is_the_same_alone_and_among_others() -> None:
+    product = GATED
+    x, gain = torch.randn(4, 256), torch.randn(256)
+    weight, up = (encoding.encode(torch.randn(40, 256)) for encoding in product.encodings.values())
+    kernels = TritonProduct(product)
+    together, alone = torch.empty(4, 40), torch.empty(1, 40)
+    kernels(weight, x, together, up=up, gain=gain)
+    for row in range(4):
+        kernels(weight, x[row : row + 1], alone, up=up, gain=gain)
+        assert torch.equal(alone[0], together[row])
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    result: dict[str, float] = _script("interpret", tmp_path_factory.mktemp("interpret"))
-    return result
+@interpreted
+def test_split_launches_leave_their_counters_at_zero() -> None:
+    kernels, weight = TritonProduct(Affine(4, 64)), Affine(4, 64).encode(torch.randn(63, 256))
+    x = torch.randn(1, 256)
+    outs = [torch.full((1, 63), float("nan")) for _ in range(3)]
+    for out, tile in zip(outs, (SPLIT, SPLIT, TILE), strict=True):
+        kernels(weight, x, out, tile=tile)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.allclose(outs[0], outs[2], rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def usage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    import triton
-
-    for tool in ("ptxas", "cuobjdump"):
-        try:
-            getattr(triton.knobs.nvidia, tool).path  # noqa: B018 - the look-up raises
-        except (RuntimeError, AttributeError):
-            pytest.skip(f"triton has no {tool}: nothing to assemble or to read a kernel with")
-    result: dict[str, str] = _script("compile", tmp_path_factory.mktemp("compile"))
-    return result
+@compiled
+def test_everything_holds_in_the_interpreter() -> None:
+    checks.in_the_interpreter(__file__)
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
-def test_equals_the_reference_at_ragged_shapes(errors: dict[str, float], encoding: Encoding) -> None:
-    assert errors[str(encoding)] < TOLERANCE
-
-
-def test_a_wrong_mask_exceeds_the_tolerance(errors: dict[str, float]) -> None:
-    assert errors[MUTANT] > 1000 * TOLERANCE
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("encoding", COMPILED, ids=str)
-def test_compiles_without_a_spill(usage: dict[str, str], encoding: Encoding, arch: int) -> None:
-    said = usage[f"{encoding} sm_{arch}"]
-    assert "Function gemv" in said
-    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", said)}
-    assert used["STACK"] == used["LOCAL"] == 0
-    assert used["REG"] <= REGISTERS and used["SHARED"] <= 48 * 1024
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "rows"), [*((name, 1) for name in COMPILED), ("affine4", 4), ("gated", 4)])
+def test_compiles_without_a_spill(
+    name: str, rows: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    product, most = COMPILED[name]
+    tile = space(rows, 2048, 2048, torch.bfloat16)[0]
+    assert tile.splits > 1  # the longer of the two ends
+    used = checks.usage(
+        gemv_triton.kernel(product, rows),
+        gemv_triton.signature(product, "bfloat16", bias=True, residual=True, splits=tile.splits),
+        gemv_triton.constants(product, tile, rows), tile, capability, tmp_path,
+    )  # fmt: skip
+    assert used.spilled == 0
+    assert used.registers <= (most if rows == 1 else FOUR_ROWS) and used.shared <= 48 * 1024
 
 
 def test_the_source_is_one_kernel_with_the_encoding_spliced() -> None:
     text = gemv_triton.source(Affine(4, 64, zero=True))
-    assert compile(text, "gemv", "exec") and text.count("@triton.jit") == 1
-    assert "tl.load(zero + " in text and ".to(tl.int64) * BLOCK_N" in text
-    assert list(gemv_triton.signature(Affine(4, 64), bias=False).values())[:2] == ["*u8", "*fp16"]
+    assert compile(text, "gemv", "exec") and text.count("def gemv(") == 1
+    assert "tl.load(zero + " in text and "tl.program_id(0).to(tl.int64) * BLOCK_N" in text
+    loads = {line.split("tl.load(codes + ")[1].split(", mask")[0] for line in text.splitlines() if "(codes" in line}
+    assert len(loads) == 1  # both fields of a byte come from one load
+    assert list(gemv_triton.signature(Product(Affine(4, 64))).values())[:2] == ["*u8", "*fp16"]
+
+
+def test_scales_multiply_the_sum_of_a_group() -> None:
+    text = gemv_triton.source(Affine(4, 64))
+    assert "by = tl.load(scale + (group + (n * (K // 64)))" in text and "sum_0 += by * total_0" in text
 
 
 def test_integer_tables_are_not_covered() -> None:
@@ -149,5 +144,16 @@ def test_integer_tables_are_not_covered() -> None:
         gemv_triton.source(Dense("int64"))
 
 
-if __name__ == "__main__":
-    print(json.dumps(interpret() if sys.argv[1] == "interpret" else compile_ahead()))
+def test_more_rows_are_left_to_the_gemm() -> None:
+    with pytest.raises(SmeltError, match="1 to 4 rows of x, not 5; gemm takes any number"):
+        gemv_triton.source(Dense("float16"), 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("product", "n", "k"), CASES.values(), ids=CASES)
+def test_equals_the_reference_on_a_gpu(product: Product, n: int, k: int, dtype: torch.dtype) -> None:
+    for m in (1, 2, 3, 4):
+        for tile in (None, SPLIT):
+            assert product_error(product, (m, n, k), dtype, tile, device="cuda") < 2 * TOLERANCE[dtype]

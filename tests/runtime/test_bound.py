@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional
 
-from smelt.codegen.kernels import DecodedLinear, LinearKernel
+
 from smelt.codegen.lower import lower
-from smelt.codegen.plan import BULK
+
 from smelt.ir.cache import Cache
 from smelt.ir.capture import capture_module
 from smelt.ir.encoding import Affine

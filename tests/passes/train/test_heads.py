@@ -86,6 +86,34 @@ def test_hits_and_loss_are_what_they_say(headed, text):
     assert score.loss == pytest.approx(loss / places, rel=1e-5)
 
 
+def test_gradients_are_those_of_the_plain_loss(headed, text):
+    """The loss never holds logits; here they are."""
+    torch.manual_seed(0)
+    drill, ids = Drill.of(headed, 0.5), text.tokens[:2, :16]
+    for value in drill.weights.values():
+        value.data += torch.randn_like(value) * 0.05
+    plain = torch.zeros(())
+    states, came = drill.guesses(ids)
+    for j, state in enumerate(states):
+        logits = state @ drill.weights[f"heads.{j}.projection.weight"].T
+        plain = plain + 0.5**j * functional.cross_entropy(logits.flatten(0, 1), came[..., j].flatten())
+    want = torch.autograd.grad(plain, list(drill.weights.values()))
+    got = torch.autograd.grad(drill.loss(*drill.guesses(ids)), list(drill.weights.values()))
+    assert all(float(w.abs().max()) > 1e-5 for w in want)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-7, rtol=1e-4)
+
+
+def test_heads_must_end_in_a_projection(headed):
+    (stacked,) = (node for node in headed.graph.nodes if node is headed.outputs["heads"])
+    first = stacked.all_input_nodes[0]
+    with headed.graph.inserting_after(first):
+        relu = headed.graph.call_function(torch.ops.aten.relu.default, (first,))
+    stacked.replace_input_with(first, relu)
+    with pytest.raises(SmeltError, match=r"head 0 must end in smelt\.head to be trained, but ends in relu"):
+        Drill.of(headed, 0.8)
+
+
 def test_the_seed_decides(headed, text):
     def after(seed: int) -> torch.Tensor:
         program = headed.fork()

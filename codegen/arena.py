@@ -1,0 +1,36 @@
+"""Memory for packed weights: few large blocks on huge pages, where a stream of weights misses no page."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+PAGE = 1 << 21
+BLOCK = 16 * PAGE
+ALIGN = 64
+
+
+class Arena:
+    """Copies tensors into blocks that live as long as any of them."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor at a place of its own."""
+        nbytes = tensor.numel() * tensor.element_size()
+        taken = -(-nbytes // ALIGN) * ALIGN
+        if self._free.numel() < taken:
+            self._free = _block(max(BLOCK, taken))
+        place, self._free = self._free[:nbytes], self._free[taken:]
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _block(nbytes: int) -> torch.Tensor:
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # Python's own default is shared, which has no huge pages
+    whole = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE + PAGE, flags=private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        whole.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(whole, dtype=torch.uint8)
+    return block[-block.data_ptr() % PAGE :]

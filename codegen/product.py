@@ -1,0 +1,416 @@
+"""Matrix products with stored weights: `y = x W^T` for any encoding, with what comes before and behind it.
+
+Weights stand interleaved (see `interleave`), so that a vector's lanes are rows of W. The encoding's tile expression is
+split into a factor that changes along a row and coefficients that are constant over a group, which leave the inner loop.
+Two forms: `floats`, where the factor is multiplied with float32 activations; and `integers`, where activations are
+8-bit codes in groups and the factor is an 8-bit code too: four products an instruction and lane, exact sums, one
+multiplication by both scales a group.
+
+Every row of x is reduced in one order whatever M is, so that a token gets the same bits alone and as a node of a tree.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from ..ir.encoding import Encoding
+from ..ir.encoding.expr import Bin, Cast, Const, Expr, indices, k, loads, stored, substitute
+from ..ir.errors import SmeltError
+from . import interleave
+from .hoist import folded, span, split
+from .interleave import lane
+from .memo import remembered
+from .printers import cpp
+from .ranges import Ranges, across, fold
+from .rows_source import MATH
+from .unit import Function
+
+K = sympy.Symbol("K", integer=True, positive=True)
+group, step, column = sympy.symbols("group step column", integer=True, nonnegative=True)
+LENGTHS = (4, 8, 16, 32, 64, 128)  # columns of an unrolled piece of the inner loop
+BLOCK = 8  # rows of 8-bit activations that stand side by side, four columns each, where there is more than one
+AHEAD = 3072  # bytes
+LANES: Ranges = {lane: (0, interleave.ROWS - 1)}
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The loop over one group of columns: the sum of coefficient times factor, and a term without a factor.
+
+    `columns`: of a group, None for the whole row; `length`: of an unrolled piece. `factor` is over `step` and `column`,
+    an integer code in 0..255 above `-offset` where the product is one of integers.
+    """
+
+    columns: int | None
+    length: int
+    coefficients: tuple[Expr, ...]
+    factors: tuple[Expr, ...]
+    constant: Expr | None
+    offset: int = 0
+
+    def at(self, factor: Expr, i: int | sympy.Expr) -> Expr:
+        """A factor at column `i` of piece `step`."""
+        start = 0 if self.columns == self.length else self.length * step
+        return folded(substitute(factor, {column: start + i}), self.ranges)
+
+    @property
+    def ranges(self) -> Ranges:
+        """Of the symbols of a factor."""
+        pieces = {step: (0, self.columns // self.length - 1)} if self.columns else {}
+        return {**LANES, **pieces}
+
+
+def floats(encoding: Encoding) -> Inner | str:
+    """The loop of a product with float32 activations, or why there is none."""
+    expr = encoding.expr((None, K))
+    if reason := _unreadable(expr):
+        return reason
+    columns = span(expr)
+    terms = split(_placed(expr, columns), {column}, codes=True)  # a code with its offset: what is summed stays small
+    varying = [(c, f) for c, f in terms if f is not None]
+    constant = next((c for c, f in terms if f is None), None)
+    coefficients, factors = tuple(c for c, _ in varying), tuple(f for _, f in varying)
+    for length in LENGTHS:
+        if columns is None or columns % length == 0:
+            found = Inner(columns, length, coefficients, factors, constant)
+            if all(_settled(found.at(f, i)) for f in factors for i in range(length)):
+                return found
+    if columns is not None:
+        return f"its codes do not unpack to whole numbers of columns within groups of {columns}"
+    return Inner(None, 1, coefficients, factors, constant)
+
+
+def integers(encoding: Encoding, width: int) -> Inner | str:
+    """The loop of a product with 8-bit activations in groups of `width`, or why there is none."""
+    expr = encoding.expr((None, K))
+    if reason := _unreadable(expr):
+        return reason
+    columns = span(expr)
+    if width % 4 or (columns is not None and columns % width):
+        return f"activations in groups of {width} do not divide its groups of {columns}"
+    code, offset = _code(expr)
+    terms = split(_placed(code, width), {column})
+    varying = [(c, f) for c, f in terms if f is not None]
+    constant = next((c for c, f in terms if f is None), None)
+    if len(varying) != 1 or not isinstance(varying[0][1], Cast) or varying[0][1].a.dtype != "int32":
+        return "its values are not multiples of an integer code"
+    coefficient, factor = varying[0][0], varying[0][1].a
+    for length in LENGTHS:
+        if width % length == 0 and (length >= 16 or width < 16):
+            found = Inner(width, length, (coefficient,), (factor,), constant, offset)
+            if all(_bytes(found, i) for i in range(0, length, 4)):
+                return found
+    return "its codes are not bytes of neighbouring columns"
+
+
+def _bytes(inner: Inner, i: int) -> bool:
+    placed = inner.at(inner.factors[0], i)
+    following = inner.at(inner.factors[0], i + 3)
+    shifts = [tuple(at for at in indices(each) if lane not in at.free_symbols) for each in (placed, following)]
+    starts = [next(loads(each)).index for each in (placed, following)]
+    if shifts[0] != shifts[1] or sympy.expand(starts[1] - starts[0]) != 3:
+        return False
+    return cpp.byte_lanes(placed, lane, inner.ranges) is not None and _settled(placed)
+
+
+def _unreadable(expr: Expr) -> str | None:
+    if expr.dtype != "float32":
+        return f"its values are {expr.dtype}, not float32"
+    for part, dtype in stored(expr).items():
+        if dtype not in cpp.VECTORS:
+            return f"its part '{part}' is {dtype}"
+    both = interleave.mixed(expr)
+    return f"its part '{both}' is read by rows and in another way" if both else None
+
+
+def _placed(expr: Expr, columns: int | None) -> Expr:
+    """The expression at column `column` of group `group` in the interleaved layout."""
+    at = columns * group + column if columns else column
+    ranges = {**LANES, column: (0, columns - 1)} if columns else LANES
+    return folded(substitute(interleave.rewritten(expr), {k: at}), ranges)
+
+
+def _settled(expr: Expr) -> bool:
+    """Whether no division is left that depends on the piece of the loop."""
+    return not any(step in part.free_symbols for at in indices(expr) for part in at.atoms(sympy.floor, sympy.Mod))
+
+
+def _code(expr: Expr) -> tuple[Expr, int]:
+    """The expression with `code - c` under a conversion to float32 replaced by `code`, and c."""
+    match expr:
+        case Cast("float32", Bin("sub", a, Const(value))) if a.dtype == "int32":
+            return Cast("float32", a), int(value)
+        case Bin(op, a, b):
+            (left, first), (right, second) = _code(a), _code(b)
+            return Bin(op, left, right), first or second
+    return expr, 0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a product's kernel is generated for: one or two matrices over one x, and a chain behind them.
+
+    `width`: columns of a group of 8-bit activations, None for float32. `epilogue`: C++ lines over `v0` (and `v1`) and
+    the operands `o0`, `o1`, … ending in a value, and for each operand whether it has a row for each of x's.
+    """
+
+    encoding: Encoding
+    matrices: int = 1
+    width: int | None = None
+    lines: tuple[str, ...] = ()
+    value: str = "v0"
+    operands: tuple[bool, ...] = ()
+
+    @property
+    def inner(self) -> Inner:
+        """The loop; SmeltError where the encoding has none."""
+        found = floats(self.encoding) if self.width is None else integers(self.encoding, self.width)
+        if isinstance(found, str):
+            raise SmeltError(f"gemv does not cover {self.encoding}: {found}")
+        return found
+
+
+def parts(encoding: Encoding) -> dict[str, str]:
+    """What a kernel is given of a weight, and how it is stored, in order."""
+    return stored(encoding.expr((None, K)))
+
+
+@functools.cache
+def function(spec: Spec, label: str) -> Function:
+    """The kernel of a spec.
+
+    Words: M, K, x, its scales, its sums, tiles of a unit, units; then for each product of the call: units, N, out, row
+    length of out, its parts with the units of their rows, and its operands with their row lengths.
+    """
+    return Function.of(label, remembered(str(spec), spec.encoding, lambda: source(spec)), (MATH,))
+
+
+def source(spec: Spec) -> str:
+    """The C++ of a product."""
+    inner = spec.inner
+    names, declared = [], []
+    at = 4
+    for m in range(spec.matrices):
+        named = {}
+        for part, dtype in parts(spec.encoding).items():
+            named[part] = f"p_{part}{m}"
+            declared.append(f"const {cpp.CTYPES[dtype]}* p_{part}{m} = (const {cpp.CTYPES[dtype]}*)w[{at}];")
+            if m == 0:  # the second matrix has rows of the same length
+                declared.append(f"const int64_t {interleave.length(part)} = w[{at + 1}];")
+            at += 2
+        names.append(named)
+    operands = []
+    for i, by_row in enumerate(spec.operands):
+        row = f" + (m + b) * w[{at + 1}]" if by_row else ""
+        operands.append(f"const f32x16 o{i} = read((const float*)w[{at}]{row} + 16 * tile, left);")
+        at += 2
+    body = (_integers if spec.width is not None else _floats)(spec, inner, names)
+    lines = [*(f"const f32x16 v{m} = acc{m}[b];" for m in range(spec.matrices)), *operands, *spec.lines]
+    return _TEMPLATE.format(
+        title=f"{spec.encoding}{'' if spec.width is None else f', int8 activations in groups of {spec.width}'}",
+        declared="\n  ".join(declared),
+        words=at,
+        many=_many(spec),
+        wide=BLOCK,
+        body=body,
+        epilogue="\n    ".join(lines),
+        value=spec.value,
+    )
+
+
+def _many(spec: Spec) -> int:
+    """Rows of x that share a decoded vector: what fits into 32 registers."""
+    return BLOCK if spec.width is not None else 4
+
+
+def _integers(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
+    width, ranges = inner.columns, inner.ranges
+    assert width is not None
+    out = [
+        f"  const int64_t groups = K / {width};",
+        "  const int8_t* x = (const int8_t*)c[3] + m / W * W * K + m % W * 4;  // [M / W, K / 4, W, 4]",
+        "  const float* scales = (const float*)c[4] + m / W * W * groups + m % W;  // [M / W, groups, W]",
+        "  const int32_t* sums = (const int32_t*)c[5] + m / W * W * groups + m % W;",
+    ]
+    for m in range(spec.matrices):  # one after the other: their sums would not fit the registers together
+        out += [
+            f"  f32x16 acc{m}[B] = {{}};",
+            "  for (int64_t group = 0; group < groups; group++) {",
+            "    i32x16 sum[B];",
+            f"    for (int b = 0; b < B; b++) sum[b] = {-inner.offset} * sums[group * W + b] - i32x16{{}};",
+            f"    for (int64_t step = 0; step < {width // inner.length}; step++) {{",
+            f"      const int8_t* xs = x + (group * {width} + step * {inner.length}) * W;",
+            f"      if (!m) {{ {' '.join(_ahead(inner, names[m]))} }}",
+        ]
+        for i in range(0, inner.length, 4):
+            code = cpp.byte_lanes(inner.at(inner.factors[0], i), lane, ranges, names[m])
+            out.append(f"      {{ const u8x64 code = {code};")
+            out.append(
+                f"        for (int b = 0; b < B; b++) sum[b] = dot4(sum[b], code, four(xs + {i} * W + 4 * b)); }}"
+            )
+        out.append("    }")
+        out.append(f"    const f32x16 scale = {cpp.vector(inner.coefficients[0], lane, LANES, names[m])};")
+        if inner.constant is not None:
+            out.append(f"    const f32x16 shift = {cpp.vector(inner.constant, lane, LANES, names[m])};")
+        out.append("    for (int b = 0; b < B; b++) {")
+        out.append("      const float s = scales[group * W + b];")
+        out.append(f"      acc{m}[b] = fma(__builtin_convertvector(sum[b], f32x16), scale * s, acc{m}[b]);")
+        if inner.constant is not None:
+            out.append(f"      acc{m}[b] = fma(shift, splat(s * (float)sums[group * W + b]), acc{m}[b]);")
+        out += ["    }", "  }"]
+    return "\n".join(out)
+
+
+def _floats(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
+    ranges, length, terms = inner.ranges, inner.length, range(len(inner.factors))
+    columns = str(inner.columns) if inner.columns else f"(K / {length} * {length})"
+    partial = min(4, length)  # sums that do not wait for one another
+    out = [
+        "  const float* x = (const float*)c[3] + m * K;",
+        f"  const int64_t columns = {columns}, groups = {f'K / {inner.columns}' if inner.columns else '1'};",
+    ]
+    for m in range(spec.matrices):
+        out += [
+            f"  f32x16 acc{m}[B] = {{}};",
+            "  for (int64_t group = 0; group < groups; group++) {",
+            *(f"    f32x16 sum{t}[B][{partial}] = {{}};" for t in terms),
+            f"    for (int64_t step = 0; step < columns / {length}; step++) {{",
+            f"      const float* xs = x + group * columns + step * {length};",
+            f"      if (!m) {{ {' '.join(_ahead(inner, names[m]))} }}",
+        ]
+        for i in range(length):
+            for t in terms:
+                out.append(f"      {{ const f32x16 v = {_decoded(inner.at(inner.factors[t], i), ranges, names[m])};")
+                out.append(
+                    f"        for (int b = 0; b < B; b++) sum{t}[b][{i % partial}] = "
+                    f"fma(v, splat(xs[b * K + {i}]), sum{t}[b][{i % partial}]); }}"
+                )
+        out.append("    }")
+        for t in terms:
+            total = " + ".join(f"sum{t}[b][{p}]" for p in range(partial))
+            out.append(f"    const f32x16 scale{t} = {cpp.vector(inner.coefficients[t], lane, LANES, names[m])};")
+            out.append(f"    for (int b = 0; b < B; b++) acc{m}[b] = fma(scale{t}, ({total}), acc{m}[b]);")
+        if inner.constant is not None:
+            out.append(f"    const f32x16 shift = {cpp.vector(inner.constant, lane, LANES, names[m])};")
+            out.append(
+                f"    for (int b = 0; b < B; b++) acc{m}[b] = "
+                f"fma(shift, splat(total(x + b * K + group * columns, columns)), acc{m}[b]);"
+            )
+        out.append("  }")
+        if inner.columns is None and length > 1:
+            whole = folded(substitute(interleave.rewritten(spec.encoding.expr((None, K))), {k: column}), LANES)
+            out += [
+                "  for (int64_t column = columns; column < K; column++) {  // a row's end that fills no piece",
+                f"    const f32x16 v = {cpp.vector(whole, lane, LANES, names[m])};",
+                f"    for (int b = 0; b < B; b++) acc{m}[b] = fma(v, splat(x[b * K + column]), acc{m}[b]);",
+                "  }",
+            ]
+    return "\n".join(out)
+
+
+def _ahead(inner: Inner, names: dict[str, str]) -> list[str]:
+    """Statements that fetch what the same piece of the loop will read some groups on, a cache line each.
+
+    With eight rows of x between two lines of W the processor's own prefetch comes too late: 285 GMAC/s without, 472
+    with (two Zen 5 cores, 4-bit groups of 32, 2026-11-21); from 3 kB on more distance brings nothing.
+    """
+    lines: dict[str, None] = {}
+    for i in range(inner.length):
+        for factor in inner.factors:
+            for load in loads(inner.at(factor, i)):
+                wide = across(load.index, lane)
+                if wide not in ("words", "contiguous") or load.part not in names:
+                    continue
+                size = 4 if wide == "words" else {"f": 2, "b": 2, "u": 1, "i": 1}[load.dtype[0]]
+                size = 4 if load.dtype in ("float32", "int32") else size
+                at = sympy.expand(load.index.subs(lane, 0))
+                if wide == "words":
+                    at = sympy.expand(at - fold(sympy.Mod(at, 4), inner.ranges))
+                elif i * size % 4:
+                    continue
+                lines[f"__builtin_prefetch((const char*)({names[load.part]} + {cpp.index(at)}) + {AHEAD});"] = None
+    return list(lines)
+
+
+def _decoded(factor: Expr, ranges: Ranges, names: dict[str, str]) -> str:
+    """A factor as a vector. A code of at most 4 bits is looked up, where that is one instruction."""
+    plain = cpp.vector(factor, lane, ranges, names)
+    found = _small(factor)
+    if found is None:
+        return plain
+    word, values = found
+    table = ", ".join(f"{value!r}f" for value in values)
+    return f"DECODE({cpp.low_bits(word, lane, ranges, names)}, ({plain}), {table})"
+
+
+def _small(factor: Expr) -> tuple[Expr, list[float]] | None:
+    """(word, table) of a function of a code whose value is table[word & 15]: the word may hold more bits above."""
+    match factor:
+        case Bin("and", a, Const(mask)) if mask in (1, 3, 7, 15):
+            return a, [float(i & int(mask)) for i in range(16)]
+        case Bin("add" | "sub" | "mul" as op, a, Const(value)) if inner := _small(a):
+            change = {"add": value, "sub": -value}.get(op)
+            word, values = inner
+            return word, [v + change if change is not None else v * value for v in values]
+        case Cast("float32", a) if a.dtype == "int32":
+            return _small(a)
+    return None
+
+
+_TEMPLATE = """\
+// y = x W^T, W stored as {title}
+namespace $name_of {{
+static inline int32_t four(const int8_t* x) {{
+  int32_t word;
+  memcpy(&word, x, sizeof word);
+  return word;
+}}
+static inline float total(const float* x, int64_t count) {{
+  f32x16 acc = {{}};
+  for (int64_t i = 0; i < count; i += 16) acc += read(x + i, count - i);
+  return sum(acc);
+}}
+#undef DECODE
+#ifdef __AVX512F__
+#define DECODE(word, value, ...) (f32x16)_mm512_permutexvar_ps((__m512i)(word), (__m512)f32x16{{__VA_ARGS__}})
+#else
+#define DECODE(word, value, ...) value
+#endif
+#ifdef __AVX512F__
+constexpr int MANY = {many}, WIDE = {wide};
+#else
+constexpr int MANY = {many} / 2, WIDE = {wide};
+#endif
+
+// rows m to m + B - 1 of x times the sixteen rows of a tile
+template <int B, int W> static void block(const int64_t* c, const int64_t* w, int64_t tile, int64_t m) {{
+  const int64_t K = c[2], left = w[1] - 16 * tile;
+  {declared}
+{body}
+  for (int b = 0; b < B; b++) {{
+    {epilogue}
+    write((float*)w[2] + (m + b) * w[3] + 16 * tile, {value}, left);
+  }}
+}}
+template <int B> static inline int64_t blocks(const int64_t* c, const int64_t* w, int64_t tile, int64_t m) {{
+  for (; m + B <= c[1]; m += B) block<B, WIDE>(c, w, tile, m);
+  if constexpr (B > 1) m = blocks<B / 2>(c, w, tile, m);
+  return m;
+}}
+}}  // namespace $name_of
+
+static void $name(Rank& rank, const int64_t* c) {{
+  share(rank, c[7], [&](int64_t unit) {{
+    const int64_t* w = c + 8;
+    for (; unit >= w[0]; w += {words}) unit -= w[0];
+    const int64_t first = unit * c[6], tiles = (w[1] + 15) / 16, end = first + c[6] < tiles ? first + c[6] : tiles;
+    for (int64_t tile = first; tile < end; tile++)
+      if (c[1] == 1) $name_of::block<1, 1>(c, w, tile, 0);
+      else $name_of::blocks<$name_of::MANY>(c, w, tile, 0);
+  }});
+}}
+"""

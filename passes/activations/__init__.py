@@ -1,0 +1,1 @@
+"""Passes over what enters matrix products."""
