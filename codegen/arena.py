@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 
 import torch
 
@@ -12,18 +13,20 @@ ALIGN = 64
 
 
 class Arena:
-    """Copies tensors into blocks that live as long as any of them."""
+    """Copies tensors into blocks that live as long as any of them; several threads may copy at once."""
 
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8)
+        self._taking = threading.Lock()
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor at a place of its own."""
+        """The tensor, contiguous at a place of its own."""
         nbytes = tensor.numel() * tensor.element_size()
         taken = -(-nbytes // ALIGN) * ALIGN
-        if self._free.numel() < taken:
-            self._free = _block(max(BLOCK, taken))
-        place, self._free = self._free[:nbytes], self._free[taken:]
+        with self._taking:
+            if self._free.numel() < taken:
+                self._free = _block(max(BLOCK, taken))
+            place, self._free = self._free[:nbytes], self._free[taken:]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

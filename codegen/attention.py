@@ -13,7 +13,7 @@ from ..ir.errors import SmeltError
 from .attention_source import PARTS, function, scratch
 from .unit import Call, packed
 
-__all__ = ["Bound", "SegmentAttention", "covers"]
+__all__ = ["SegmentAttention", "covers"]
 
 
 class Buffers(Structure):
@@ -82,8 +82,8 @@ class SegmentAttention:
         if replace(site, layer=self.site.layer) != self.site:
             raise SmeltError(f"layer {layer}: its cache site differs from the one that this kernel was built for")
         rows, tokens = cache.batch, query.shape[2]
-        for x, shape in ((query, (rows, site.heads, tokens, site.key_dim)), (out, (rows, site.heads, tokens, site.value_dim)),
-                         (sinks, (site.heads,))):  # fmt: skip
+        shapes = (rows, site.heads, tokens, site.key_dim), (rows, site.heads, tokens, site.value_dim), (site.heads,)
+        for x, shape in zip((query, out, sinks), shapes, strict=True):
             if x is not None and (x.shape != shape or x.dtype is not torch.float32 or x.stride(-1) != 1):
                 raise ValueError(
                     f"layer {layer}: attention takes float32 {list(shape)}, contiguous in its last dim, "
@@ -116,7 +116,7 @@ class SegmentAttention:
 
 
 class _Refresh:
-    """Addresses that may be others in the next step: of buffers when the cache's `generation` changes, and the step's."""
+    """Addresses that may be others in the next step: the step's, and buffers' when the cache's `generation` changes."""
 
     def __init__(self, kernel: SegmentAttention, cache: Cache, layer: int, at: Buffers, given: Arguments) -> None:
         self.kernel, self.cache, self.layer, self.at, self.given = kernel, cache, layer, at, given

@@ -43,7 +43,7 @@ def function(site: Site) -> Function:
         dense_values=_lines(dense_row(site.dense, site.value_dim), 2),
         body_scan=body,
     )
-    return Function.of(f"attention_{site.heads}x{site.kv_heads}x{site.key_dim}", text, (MATH, HEADER))
+    return Function.of(f"attention.{site.heads}x{site.kv_heads}x{site.key_dim}", text, (MATH, HEADER))
 
 
 def queries(site: Site) -> int:

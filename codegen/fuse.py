@@ -26,7 +26,7 @@ FLOAT = 4  # bytes of a value that a fused kernel neither writes nor reads again
 
 @dataclass(frozen=True)
 class Chain:
-    """One output of a region: its products (two where a gate multiplies), the pointwise nodes behind, the last of all."""
+    """One output of a region: its products (two where a gate multiplies), and the pointwise nodes behind them."""
 
     products: tuple[fx.Node, ...]
     tail: tuple[fx.Node, ...]
@@ -51,7 +51,7 @@ class Region:
     at: fx.Node
     width: int | None = None  # columns of a group of 8-bit activations that a product reads
     notes: tuple[str, ...] = ()
-    saved: Any = sympy.Integer(0)  # bytes a step that no longer go through memory
+    saved: Any = 0  # bytes a step that no longer go through memory
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -181,7 +181,7 @@ def _products(search: _Search) -> Iterator[Region]:
         chains = tuple(chain for chain, _ in found)
         first = min((chain.output for chain in chains), key=order.__getitem__)
         saved = sum((2 * _bytes(node) for chain in chains for node in chain.nodes[:-1]), sympy.Integer(0))
-        notes = tuple(dict.fromkeys(why for _, why in found))
+        notes = tuple(dict.fromkeys(why for _, why in found if why))
         yield Region("product", chains, first, search.widths.get(chains[0].products[0]), notes, saved)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +30,8 @@ UNIT = 1 << 15  # bytes of weights that a rank draws at once, about 2 us of read
 class Codes(NamedTuple):
     """Activations of `rows` rows as 8-bit codes, with a scale and the sum of the codes of each group of columns.
 
-    Where there are several rows, `product.BLOCK` of them stand side by side: codes [M / 8, K / 4, 8, 4], scales and sums
-    [M / 8, K / group, 8].
+    Where there are several rows, `product.BLOCK` of them stand side by side: codes [M / 8, K / 4, 8, 4], scales and
+    sums [M / 8, K / group, 8].
     """
 
     codes: torch.Tensor
@@ -103,6 +104,10 @@ class ProductKernel:
     def _weight(self, node: fx.Node) -> Weight:
         return self.weights[str(arguments(node)["weight"].target)]
 
+    def pack(self) -> None:
+        """Bring the weights into the order that the kernel reads, unless they are."""
+        self._packed  # noqa: B018  # the property is what remembers
+
     @cached_property
     def _packed(self) -> dict[fx.Node, list[torch.Tensor]]:
         """The parts of every product's weight, interleaved; what stays in its order stays where it is."""
@@ -110,8 +115,8 @@ class ProductKernel:
         for node in (node for chain in self.region.chains for node in chain.products):
             weight = self._weight(node)
             expr = weight.encoding.expr((None, product.K))
-            packed = interleave.pack(expr, weight.parts, weight.shape[0])
-            out[node] = [self.arena.hold(part) for part in packed.values()]
+            packed = interleave.pack(expr, weight.parts, weight.shape[0], self.arena.hold)
+            out[node] = list(packed.values())
         return out
 
     def bind(self, value: Value, outs: Mapping[fx.Node, torch.Tensor]) -> Call:
@@ -128,7 +133,7 @@ class ProductKernel:
         units, nbytes = 0, 0
         for chain, (_, operands) in zip(self.region.chains, self._chains, strict=True):
             n = self._rows(chain.products[0])
-            count = -(-(-(-n // 16)) // tiles)
+            count = math.ceil(math.ceil(n / interleave.ROWS) / tiles)
             words += [count, n, outs[chain.output], n]
             units += count
             for node in chain.products:

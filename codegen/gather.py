@@ -56,7 +56,7 @@ static void $name(Rank& rank, const int64_t* c) {{
   }});
 }}
 """
-    return Function.of(f"gather_{encoding.name}", text)
+    return Function.of(f"gather.{encoding.name}", text)
 
 
 def _bind(weight: Weight, name: str, args: Mapping[str, Any], out: torch.Tensor) -> Call:

@@ -84,8 +84,12 @@ class Gemv:
         if 8 * nbytes != self.encoding.bits(shape):
             raise SmeltError(f"gemv: the parts hold {8 * nbytes} bits, {self.encoding} of shape {list(shape)} has "
                              f"{self.encoding.bits(shape)}")  # fmt: skip
-        packed = interleave.pack(self.encoding.expr((None, product.K)), parts, shape[0])
+        packed = interleave.pack(self.encoding.expr((None, product.K)), parts, shape[0], _contiguous)
         return Bound(self.encoding, shape, nbytes, packed)
+
+
+def _contiguous(part: torch.Tensor) -> torch.Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 class Bound:

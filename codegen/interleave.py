@@ -8,7 +8,7 @@ never changed: whatever an encoding stores, its expression reads it in the new p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import sympy
 import torch
@@ -68,13 +68,18 @@ def mixed(expr: Expr) -> str | None:
     return min(other) if other else None
 
 
-def pack(expr: Expr, parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
-    """The parts of a matrix of so many rows as kernels read them: [tiles, units, 16, u], or as they are."""
-    moved = interleaved(expr)
-    return {
-        part: _interleave(parts[part].reshape(rows, -1), unit(dtype)) if part in moved else parts[part].contiguous()
-        for part, dtype in stored(expr).items()
-    }
+def pack(
+    expr: Expr, parts: Mapping[str, torch.Tensor], rows: int, hold: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> dict[str, torch.Tensor]:
+    """The parts of a matrix of so many rows as kernels read them: [tiles, units, 16, u], or as they are.
+
+    `hold` copies a tensor of any strides to a contiguous one.
+    """
+    moved, held = interleaved(expr), {}
+    for part, dtype in stored(expr).items():
+        value = parts[part]
+        held[part] = hold(_interleave(value.reshape(rows, -1), unit(dtype)) if part in moved else value)
+    return held
 
 
 def _interleave(part: torch.Tensor, u: int) -> torch.Tensor:
@@ -84,7 +89,7 @@ def _interleave(part: torch.Tensor, u: int) -> torch.Tensor:
         part = torch.nn.functional.pad(part, (0, right, 0, down))
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[u * part.element_size()]
     whole = part.contiguous().view(words)  # [N, units]
-    return whole.view(-1, ROWS, whole.shape[1]).transpose(1, 2).contiguous()  # moved a unit at a time
+    return whole.view(-1, ROWS, whole.shape[1]).transpose(1, 2)  # moved a unit at a time by who copies it
 
 
 def _column(index: sympy.Expr) -> sympy.Expr | None:

@@ -1,9 +1,9 @@
 """Matrix products with stored weights: `y = x W^T` for any encoding, with what comes before and behind it.
 
 Weights stand interleaved (see `interleave`), so that a vector's lanes are rows of W. The encoding's tile expression is
-split into a factor that changes along a row and coefficients that are constant over a group, which leave the inner loop.
-Two forms: `floats`, where the factor is multiplied with float32 activations; and `integers`, where activations are
-8-bit codes in groups and the factor is an 8-bit code too: four products an instruction and lane, exact sums, one
+split into a factor that changes along a row and coefficients that are constant over a group, which leave the inner
+loop. Two forms: `floats`, where the factor is multiplied with float32 activations; and `integers`, where activations
+are 8-bit codes in groups and the factor is an 8-bit code too: four products an instruction and lane, exact sums, one
 multiplication by both scales a group.
 
 Every row of x is reduced in one order whatever M is, so that a token gets the same bits alone and as a node of a tree.

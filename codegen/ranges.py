@@ -84,7 +84,7 @@ def bounds(index: sympy.Expr, ranges: Ranges) -> tuple[float, float]:
 
 
 def across(index: sympy.Expr, lane: sympy.Symbol) -> Literal["uniform", "contiguous", "words", "scattered"]:
-    """What a folded index does over the lanes of a vector: stay, step by one, by four, or none as far as can be proved."""
+    """What a folded index does over the lanes of a vector: stay, step by one, by four, or none that can be proved."""
     if lane not in index.free_symbols:
         return "uniform"
     if lane not in sympy.expand(index - lane).free_symbols:

@@ -66,7 +66,7 @@ def row_kernel(target: Any) -> RowKernel | str:
 
 def function(name: str) -> Function:
     """One of the functions of the row-wise kernels' text."""
-    return Function(name, "", (MATH, KERNELS))
+    return Function(name, "", (MATH, KERNELS), f"rows.{name}")
 
 
 def copied(x: torch.Tensor, out: torch.Tensor) -> Call | None:

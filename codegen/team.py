@@ -63,7 +63,8 @@ static inline void await(Team* team, uint32_t* word, uint32_t old, int patience)
 }
 static inline void announce(Team* team, uint32_t* word) {
   __atomic_add_fetch(word, 1, __ATOMIC_SEQ_CST);
-  if (__atomic_load_n(&team->sleepers, __ATOMIC_SEQ_CST)) syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, 0, 0, 0);
+  if (!__atomic_load_n(&team->sleepers, __ATOMIC_SEQ_CST)) return;
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, 0, 0, 0);
 }
 
 // All ranks come to here; the last runs `alone` before any goes on.
@@ -71,7 +72,8 @@ template <class F> static inline void meet(Rank& rank, F alone) {
   Team* team = rank.team;
   if (team->size == 1) return alone();
   const uint32_t before = __atomic_load_n(&team->meetings, __ATOMIC_ACQUIRE);
-  if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) < team->size) return await(team, &team->meetings, before, PATIENCE);
+  if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) < team->size)
+    return await(team, &team->meetings, before, PATIENCE);
   alone();
   __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
   announce(team, &team->meetings);

@@ -1,8 +1,8 @@
 """The generated translation unit of a step: its kernels, and the order in which one call runs them.
 
-A kernel is a C++ function `void name(Rank&, const int64_t* c)`; what it works on, it reads from its words `c`: addresses,
-sizes, and numbers as the bits of a double. So one source serves every batch, number of tokens and set of buffers, and is
-compiled once. Where ranks must meet is decided when buffers are known, and is a word too.
+A kernel is a C++ function `void name(Rank&, const int64_t* c)`; what it works on, it reads from its words `c`:
+addresses, sizes, and numbers as the bits of a double. So one source serves every batch, number of tokens and set of
+buffers, and is compiled once. Where ranks must meet is decided when buffers are known, and is a word too.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ ALONE, MEET = 1, 2
 
 @dataclass(frozen=True)
 class Function:
-    """A generated kernel: its C++ name, its text, and the texts that it needs before it."""
+    """A generated kernel: its C++ name, its text, the texts that it needs before it, and what people call it."""
 
     name: str
     text: str
     needs: tuple[str, ...] = ()
+    label: str = ""
 
     @classmethod
     def of(cls, label: str, text: str, needs: tuple[str, ...] = ()) -> Function:
         """A function whose name holds `label` and a hash of the text, in which `$name` stands for the name."""
         name = "".join(c if c.isalnum() else "_" for c in label) + "_" + hashlib.sha256(text.encode()).hexdigest()[:8]
-        return cls(name, text.replace("$name", name), needs)
+        return cls(name, text.replace("$name", name), needs, label)
 
     @property
     def source(self) -> str:

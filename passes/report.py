@@ -74,6 +74,18 @@ class StepReport:
         return lines + [f"{name}: {value}" for name, value in self.notes.items()]
 
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StepReport:
+        """Inverse of `to_dict`; what was not a number and became null is NaN again."""
+        told = dict(data)
+        for name in ("divergence", "from_source"):
+            measured = told.get(name)
+            told[name] = measured and Divergence(**{k: math.nan if v is None else v for k, v in measured.items()})
+        for name in ("done", "weight_bytes", "cache_bits"):
+            told[name] = tuple(told[name])
+        return cls(**told)
+
+
 @dataclass(frozen=True)
 class Report:
     """What became of each step, in the order in which they ran."""
@@ -84,6 +96,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {"program": self.program, "steps": [step.to_dict() for step in self.steps]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Inverse of `to_dict`."""
+        return cls(data["program"], tuple(map(StepReport.from_dict, data["steps"])))
 
     def table(self) -> list[list[str]]:
         """A row a step, the header first; columns in which no step has anything to say are left out."""

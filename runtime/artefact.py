@@ -77,7 +77,7 @@ def load(folder: Path) -> tuple[Program, dict[str, Any]]:
         weights = _weights(folder, manifest["weights"])
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise SmeltError(f"{folder / MANIFEST}: its table of weights cannot be read ({fault!r})") from fault
-    return parse_program((folder / PROGRAM).read_text(encoding="utf-8"), weights), manifest
+    return parse_program((folder / PROGRAM).read_text(encoding="utf-8"), weights, sealed=True), manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

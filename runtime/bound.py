@@ -8,6 +8,7 @@ become one unit, which for a decoder is the whole step. A step allocates nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -16,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from ..codegen.build import threads
 from ..codegen.fuse import Chain, Region
 from ..codegen.fused import Codes, ProductKernel, QuantizeKernel
 from ..codegen.plan import Attention, Kernel, Plan
@@ -84,6 +86,7 @@ class Bound:
         self._logits = _logits(plan.program.graph, [region for region, _ in plan.regions])
         self._starts = {region.at: (region, kernel) for region, kernel in plan.regions}
         self._inside = {node: region for region, _ in plan.regions for node in region.nodes}
+        _pack(plan)
         for node in plan.program.graph.nodes:
             self._bind(node)
         self._values.clear()
@@ -299,11 +302,19 @@ class Bound:
         return out
 
 
+def _pack(plan: Plan) -> None:
+    """Pack all weights that are not yet, side by side: most of the time goes into pages that the system hands out."""
+    kernels = [kernel for _, kernel in plan.regions if isinstance(kernel, ProductKernel)]
+    with ThreadPoolExecutor(threads()) as pool:
+        list(pool.map(ProductKernel.pack, kernels))
+
+
 def _units(made: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
     """The calls in order, with neighbouring calls of generated functions as one unit."""
     out: list[Callable[[], Any]] = []
-    for generated, calls in groupby(made, key=lambda each: isinstance(each, Call)):
-        out += [Unit(cast("list[Call]", list(calls)))] if generated else list(calls)
+    for generated, neighbours in groupby(made, key=lambda each: isinstance(each, Call)):
+        calls = list(neighbours)
+        out += [Unit(cast("list[Call]", calls))] if generated else calls
     return out
 
 

@@ -81,6 +81,10 @@ class Session:
         bound.run()
         return bound.outputs
 
+    def bound(self, tokens: int) -> Bound:
+        """The binding of the last step of so many new tokens a row."""
+        return self._bound[tokens, False]
+
     def _read(
         self,
         pieces: Sequence[Sequence[int]],

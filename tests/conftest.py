@@ -1,5 +1,6 @@
 """What every test may rely on: @gpu skips with a reason, hypothesis has no deadline, the reference model has a path."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ import smelt
 # a busy machine is no fault of the code under test
 settings.register_profile("smelt", deadline=None)
 settings.load_profile("smelt")
+
+
+def pytest_configure() -> None:
+    """A test of compiling compiles; what is kept between compiles has tests of its own."""
+    os.environ["SMELT_KEEP"] = "0"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -17,6 +18,7 @@ from .dense import Dense
 __all__ = ["Affine", "Dense", "Encoding", "Parts", "catalogue", "parse"]
 
 
+@functools.cache
 def catalogue() -> dict[str, type[Encoding]]:
     """Every encoding by name: the concrete classes found in this package, one a file."""
     found: dict[str, type[Encoding]] = {}

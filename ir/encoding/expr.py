@@ -138,7 +138,7 @@ def loads(expr: Expr) -> Iterator[Load]:
 
 
 def stored(expr: Expr) -> dict[str, str]:
-    """The parts that the tree reads and how each is stored, in the order of its first use; a kernel must be given them."""
+    """The parts that the tree reads and how each is stored, in the order of first use: what a kernel must be given."""
     match expr:
         case Load(part, _, dtype):
             return {part: dtype}

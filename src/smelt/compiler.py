@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from . import kept
 from .assets import model_assets
 from .codegen.plan import Target
 from .ir.capture import capture
@@ -51,12 +52,16 @@ def compile(
     tokenizer: the folder of the tokenizer, where the model is not one.
     target: `cpp` for generated kernels, `torch` for the reference; `fallback=False` refuses what has no fast kernel.
     listen: is told when a step starts, goes on and ends. stop_after: the name of the last step to run.
+    What was compiled before from the same files is read back and no step runs; `SMELT_KEEP=0` compiles anew.
     Raises SmeltError for anything wrong with what was given.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, catalogue(), overrides)
+    assets = model_assets(tokenizer if tokenizer is not None else model)
+    key = kept.key(model, resolved.digest(), assets, calibration)
+    if key is not None and (found := kept.find(key)) is not None:
+        return Compiled(found.program, found.facts, assets, target, fallback, found.report)
     program = capture(model, example)
     derive(program)
-    assets = model_assets(tokenizer if tokenizer is not None else model)
     if assets.folder is not None and program.facts.get("kind") == "decoder":
         # what generation_config.json or the tokenizer names goes before the model's own configuration
         program.facts["eos"] = list(Tokenizer(assets.folder).eos) or program.facts.get("eos") or []
@@ -65,6 +70,8 @@ def compile(
     facts = {"recipe": resolved.to_dict(), "recipe_digest": resolved.digest()}
     if samples is not None:
         facts["calibration"] = tensor_digest(samples.tokens)
+    if key is not None and stop_after is None:
+        kept.keep(key, result.program, facts, result.report)
     return Compiled(result.program, facts, assets, target, fallback, result.report)
 
 

@@ -57,9 +57,9 @@ def tell_kernels(plan: Plan) -> None:
     for row in plan.kernels():
         _say(f"{row['node']}: {row['kernel']}{' (fallback)' if row['fallback'] else ''}: {row['why']}")
     if shown >= SOURCE:
-        kernels = {choice.kernel.name: choice.kernel for choice in plan.choices.values()}
-        for name, kernel in kernels.items():
-            _say(f"--- {name}\n{kernel.source}")
+        sources = {row["kernel"]: row["source"] for row in plan.kernels()}
+        for name, source in sources.items():
+            _say(f"--- {name}\n{source}")
 
 
 def _say(text: str) -> None:

@@ -25,6 +25,7 @@ from .passes.report import Report
 from .runtime import artefact
 from .runtime.bound import Bound
 from .runtime.generate import Decoding, Limits
+from .runtime.profile import Timing, profile
 from .runtime.sampling import Sampling
 from .runtime.session import Session
 from .runtime.text import Stream, Tokenizer
@@ -101,6 +102,12 @@ class Compiled:
     def kernels(self) -> list[dict[str, Any]]:
         """One row a node: kernel, source and why it was chosen or refused."""
         return self.plan.kernels()
+
+    def profile(self, tokens: int = 1, context: int = 128) -> list[Timing]:
+        """What each kernel of a decoder's step takes on this machine: calls, seconds, bytes, share of the bandwidth."""
+        if self.program.cache is None or self.plan.target != "cpp":
+            raise SmeltError(f"{self.program.name}: only the step of a decoder with target cpp is timed by kernel")
+        return profile(self.plan, tokens, context)
 
     @property
     def context(self) -> int:

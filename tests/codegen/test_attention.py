@@ -10,13 +10,14 @@ import sympy
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smelt.codegen import attention
 from smelt.codegen.attention import SegmentAttention, covers
 from smelt.codegen.attention_loaders import Body
 from smelt.ir.cache import Cache, CachePlan, Select, Site
 from smelt.ir.encoding import Affine, Dense
 from smelt.ir.encoding.expr import Cast, Load, k
 from smelt.ir.errors import SmeltError
+
+from .mutants import mutant
 
 PLAIN = Site(layer=0, heads=4, kv_heads=2, key_dim=64, value_dim=64)
 PAGED = replace(PLAIN, sink=4, tail=64, page=64)
@@ -81,7 +82,7 @@ def after(cache: Cache, tokens: int) -> torch.Tensor:
 def attend(cache: Cache, q: torch.Tensor, softcap=None, sinks=None, scale=0.125) -> torch.Tensor:
     site = cache.plan[0]
     out = torch.full((*q.shape[:3], site.value_dim), float("nan"))
-    kernel(site).bind(cache, 0)(q, out, scale, softcap, sinks)
+    kernel(site).bind(cache, 0, q, out, scale, softcap, sinks)()
     return out
 
 
@@ -111,17 +112,15 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize(("name", "right", "wrong"), MUTANTS.values(), ids=MUTANTS)
-def test_the_comparison_catches_a_wrong_kernel(name, right, wrong, monkeypatch):
+def test_the_comparison_catches_a_wrong_kernel(name, right, wrong):
     site = SITES[name]
-    text = attention.source(site)
-    assert right in text
-    monkeypatch.setattr(attention, "source", lambda site: text.replace(right, wrong))
-    monkeypatch.setitem(_kernels, site, SegmentAttention(site))
     cache = prompted(site, [132, 708])
     q, keys, values = fresh(site, 2, 3, 1)
     cache.begin(after(cache, 3))
     cache.append(0, keys, values)
-    assert (attend(cache, q) - cache.attend(0, q, 0.125, site.window)).abs().max() > 100 * TOLERANCE
+    with mutant(right, wrong):
+        error = (attend(cache, q) - cache.attend(0, q, 0.125, site.window)).abs().max()
+    assert error > 100 * TOLERANCE
 
 
 def chain(parents: list[int]) -> torch.Tensor:
@@ -217,30 +216,37 @@ def test_any_strides_will_do():
     cache.append(0, keys, values)
     wide = torch.full((2, 3, 4, 2 * 64), float("nan"))
     out = wide[..., :64].transpose(1, 2)
-    kernel(site).bind(cache, 0)(q.transpose(1, 2).contiguous().transpose(1, 2), out, 0.125)
+    kernel(site).bind(cache, 0, q.transpose(1, 2).contiguous().transpose(1, 2), out, 0.125)()
     assert torch.equal(out, attend(cache, q)) and wide[..., 64:].isnan().all()
 
 
 def test_addresses_follow_the_buffers():
-    """Growth by a long step, the end of the prompt, and dropped rows move buffers under a bound kernel."""
+    """Growth by a long step, the end of the prompt, and dropped rows move buffers under a bound call."""
     site = SITES["kivi"]
     cache = Cache(CachePlan((site,)), 3, 900, scratch=4)
-    bound = kernel(site).bind(cache, 0)
+    buffers = {tokens: (fresh(site, 3, tokens, tokens)[0], torch.empty(3, 4, tokens, 64)) for tokens in (1, 3)}
+    bound = {tokens: kernel(site).bind(cache, 0, q, out, 0.125) for tokens, (q, out) in buffers.items()}
 
     def check(tokens):
-        q, keys, values = fresh(site, cache.batch, tokens, tokens)
+        rows = cache.batch
+        _, keys, values = fresh(site, rows, tokens, sum(cache.lengths))
         cache.begin(after(cache, tokens))
         cache.append(0, keys, values)
-        out = torch.full((cache.batch, 4, tokens, 64), float("nan"))
-        bound(q, out, 0.125)
-        assert (out - cache.attend(0, q, 0.125)).abs().max() < TOLERANCE
-        cache.commit([list(range(tokens))] * cache.batch)
+        if tokens in bound:
+            q, out = buffers[tokens]
+            out.fill_(float("nan"))
+            bound[tokens]()
+            assert (out[:rows] - cache.attend(0, q[:rows], 0.125)).abs().max() < TOLERANCE
+        cache.commit([list(range(tokens))] * rows)
 
     check(3)
+    check(1)
     check(300)
+    check(3)
     cache.end_prefill()
     check(1)
     check(200)
+    check(3)
     cache.select_rows([2, 0])
     check(1)
 
@@ -248,14 +254,13 @@ def test_addresses_follow_the_buffers():
 def test_layers_of_one_kind_share_a_kernel():
     site = SITES["kivi"]
     cache = Cache(CachePlan((site, replace(site, layer=1))), 1, 900)
-    bound = [kernel(site).bind(cache, layer) for layer in (0, 1)]
     q, keys, values = fresh(site, 1, 300, 0)
     cache.begin(after(cache, 300))
     cache.append(0, keys, values)
     cache.append(1, -keys, values + 1)
     for layer in (0, 1):
         out = torch.full((1, 4, 300, 64), float("nan"))
-        bound[layer](q, out, 0.125)
+        kernel(site).bind(cache, layer, q, out, 0.125)()
         assert (out - cache.attend(layer, q, 0.125)).abs().max() < TOLERANCE
 
 
@@ -274,12 +279,12 @@ class Ops(TorchDispatchMode):
 def test_a_call_allocates_no_tensor():
     cache = prompted(PLAIN, [40])
     q, keys, values = fresh(PLAIN, 1, 1, 1)
-    bound, out = kernel(PLAIN).bind(cache, 0), torch.empty(1, 4, 1, 64)
+    bound = kernel(PLAIN).bind(cache, 0, q, torch.empty(1, 4, 1, 64), 0.125)
     cache.begin(after(cache, 1))
     cache.append(0, keys, values)
-    bound(q, out, 0.125)  # the first layer of a step makes its bitset
+    bound()  # the first layer of a step makes its bitset
     with Ops() as ops:
-        bound(q, out, 0.125)
+        bound()
     assert ops.seen == []
 
 
@@ -320,13 +325,18 @@ def test_what_has_no_kernel_says_so():
     assert "shuffle" in covers(site)
     with pytest.raises(SmeltError, match=r"layer 0: no attention kernel on this target: .*shuffle"):
         SegmentAttention(site)
+    one, two = torch.zeros(1, 4, 1, 64), torch.zeros(1, 4, 2, 64)
     with pytest.raises(SmeltError, match="layer 0: its cache site differs"):
-        kernel(PLAIN).bind(prompted(SITES["kivi"], [1]), 0)
+        kernel(PLAIN).bind(prompted(SITES["kivi"], [1]), 0, one, one, 1.0)
     cache = prompted(PLAIN, [1])
-    bound = kernel(PLAIN).bind(cache, 0)
+    bound = kernel(PLAIN).bind(cache, 0, one, one, 1.0)
     with pytest.raises(RuntimeError, match="no step"):
-        bound(torch.zeros(1, 4, 1, 64), torch.zeros(1, 4, 1, 64), 1.0)
-    cache.begin(after(cache, 1))
-    for q, out in ((torch.zeros(1, 4, 2, 64), torch.zeros(1, 4, 2, 64)), (torch.zeros(1, 4, 1, 64).half(),) * 2):
+        bound()
+    cache.begin(after(cache, 2))
+    with pytest.raises(ValueError, match="layer 0: bound to 1 new tokens, the step has 2"):
+        bound()
+    for q, out in ((one, two), (one.half(), one), (one, one.half()), (one.repeat(2, 1, 1, 1), one), (one, one.mT)):
         with pytest.raises(ValueError, match="layer 0: attention takes float32"):
-            bound(q, out, 1.0)
+            kernel(PLAIN).bind(cache, 0, q, out, 1.0)
+    with pytest.raises(ValueError, match=r"layer 0: attention takes float32 \[4\]"):
+        kernel(PLAIN).bind(cache, 0, one, one, 1.0, None, torch.zeros(3))

@@ -1,7 +1,5 @@
 """Row lookup: equal to decoding the whole table, in every encoding, and never outside of it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -10,6 +8,8 @@ from smelt.codegen.rows import RowKernel
 from smelt.ir.encoding import Affine, Dense, Encoding
 from smelt.ir.errors import SmeltError
 from smelt.ir.weight import Weight
+
+from .mutants import mutant
 
 TABLES: list[tuple[Encoding, int]] = [
     *((Dense(dtype), width) for dtype in ("float32", "float16", "bfloat16") for width in (1, 63)),
@@ -49,15 +49,28 @@ def test_equals_rows_of_the_decoded_table(encoding: Encoding, width: int) -> Non
         assert error <= (0 if isinstance(encoding, Dense) else TOLERANCE)
 
 
-def test_the_comparison_catches_a_wrong_kernel() -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("& 15) - 8)", "& 15) - 7)"), ("(int64_t k = 0; k < 192", "(int64_t k = 1; k < 192"), ("[1])[r];", "[1])[0];")],
+)
+def test_the_comparison_catches_a_wrong_kernel(right: str, wrong: str) -> None:
     weight = table(Affine(4, 64), 192)
     ids, want = torch.arange(5), weight.dense()[:5]
-    for right, wrong in (("- 8", "- 7"), ("int64_t k = 0", "int64_t k = 1"), ("n = ids[r]", "n = ids[0]")):
-        found = kernel(weight)
-        assert right in found.source
-        mutant = replace(found, source=found.source.replace(right, wrong))
-        error = (look_up(mutant, weight, ids) - want).abs().max().nan_to_num(nan=1.0)
-        assert error > 100 * TOLERANCE
+    with mutant(right, wrong):
+        error = (look_up(kernel(weight), weight, ids) - want).abs().max().nan_to_num(nan=1.0)
+    assert error > 100 * TOLERANCE
+
+
+def test_a_wrong_id_is_told_once() -> None:
+    """The next step of the same call starts anew."""
+    weight, ids = table(Dense("float16"), 8), torch.tensor([3, -1])
+    out = torch.empty(2, 8)
+    bound = kernel(weight).bind({"ids": ids, "weight": weight}, out)
+    with pytest.raises(SmeltError, match="id -1"):
+        bound()
+    ids[1] = 4
+    bound()
+    assert torch.equal(out, weight.dense()[[3, 4]])
 
 
 @pytest.mark.parametrize("wrong", [-1, ROWS, 1 << 40])

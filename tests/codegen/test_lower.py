@@ -5,15 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from smelt.codegen.kernels import DecodedLinear, LinearKernel, Reference
+from smelt.codegen.kernels import Reference
 from smelt.codegen.lower import lower
 from smelt.codegen.plan import Plan
 from smelt.ir.cache import Select
 from smelt.ir.encoding import Affine
 from smelt.ir.errors import SmeltError
-from smelt.ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, GATED, LINEAR, OPS
+from smelt.ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, GATED, HEAD, LINEAR, OPS, QUANTIZED, arguments
 from smelt.ir.program import Program
 from smelt.ir.weight import Weight
+from smelt.passes.activations.quantize import Quantize
 
 from ..ir.programs import FAMILIES, affine_layer, cached, captured, one_call, quantized
 
@@ -23,13 +24,13 @@ CODED = {"sink": 4, "tail": 32, "page": 32, "keys": Affine(8, 32, "channel", Tru
 
 def kernel_of(plan: Plan, op: Any) -> str:
     node = next(plan.program.calls(op))
-    return plan.choices[node.name].kernel.name
+    return next(str(row["kernel"]) for row in plan.kernels() if row["node"] == node.name)
 
 
 def unfit(program: Program) -> Program:
-    """One linear in a group that the GEMV's vectors do not divide."""
+    """One linear in groups of fewer columns than its codes unpack to."""
     name = "model.layers.1.mlp.up_proj.weight"
-    program.weights[name] = program.weights[name].encoded(Affine(4, 8))
+    program.weights[name] = program.weights[name].encoded(Affine(4, 2))
     return program
 
 
@@ -38,22 +39,24 @@ def unfit(program: Program) -> Program:
 def test_every_computed_node_has_a_kernel_and_a_reason(family: str, target: Any) -> None:
     program = cached(quantized(captured(family), Affine(4, 32)), **CODED)
     plan = lower(program, target)
+    rows, fused = plan.kernels(), {node.name for region, _ in plan.regions for node in region.nodes}
+    named = [row["node"] for row in rows]
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in OPS:
-            assert node.name in plan.choices
+            assert (node.name in plan.choices) != (node.name in fused) and node.name in named
     for name, choice in plan.choices.items():
         assert choice.why and choice.kernel.name and choice.kernel.source, name
         assert not choice.fallback
-    assert [row["node"] for row in plan.kernels()] == list(plan.choices)
-    assert all(row.keys() == {"node", "kernel", "why", "fallback"} for row in plan.kernels())
+    assert bool(fused) == (target == "cpp") and set(named) == plan.choices.keys() | fused
+    assert named == [node.name for node in program.graph.nodes if node.name in named]
+    assert all(row.keys() == {"node", "kernel", "why", "fallback", "source"} and all(map(str, row.values())) for row in rows)
 
 
 def test_the_cpp_target_generates_kernels_for_the_whole_of_a_decoder() -> None:
     plan = lower(cached(quantized(captured("llama"), Affine(4, 32)), **CODED))
-    names = {choice.kernel.name for choice in plan.choices.values()}
-    assert names == {
-        *("gather.dense", "rows.rms_norm", "rows.rotary", "rows.gated", "aten.add.out"),
-        *("gemv.affine4.g32", "gemv.dense.float32", "attention.segments.4x2x16"),
+    assert {row["kernel"] for row in plan.kernels()} == {
+        *("gather.dense", "rows.rms_norm", "rows.rotary", "attention.segments.4x2x16"),
+        *("gemv.affine4.g32", "gemv.affine4.g32.add", "gemv.affine4.g32.silu_mul", "gemv.dense.float32"),
     }
     assert lower(plan.program, fallback=False).choices.keys() == plan.choices.keys()
 
@@ -74,24 +77,37 @@ def test_layers_with_equal_sites_share_a_kernel() -> None:
     assert first is second
 
 
-def test_bulk_kernels_are_for_stored_matrices_only() -> None:
-    plan = lower(cached(captured("mixtral")))
-    for choice in plan.choices.values():
-        assert isinstance(choice.bulk, DecodedLinear) == isinstance(choice.kernel, LinearKernel)
+def test_every_stored_matrix_is_in_a_region_of_one_kernel() -> None:
+    plan = lower(cached(quantized(captured("mixtral"), Affine(4, 32))))
+    products = [node for region, _ in plan.regions if region.kind == "product" for node in region.nodes]
+    assert {node for op in (LINEAR, HEAD) for node in plan.program.calls(op)} <= set(products)
+    assert not {node.name for node in products} & plan.choices.keys()
+
+
+def test_rounded_activations_make_products_of_integers() -> None:
+    program = cached(quantized(captured("llama"), Affine(4, 32)), **CODED)
+    Quantize(group=32, head=False).apply(program, None)
+    plan = lower(program, fallback=False)
+    first = next(program.calls(LINEAR))
+    assert kernel_of(plan, LINEAR) == "gemv.affine4.g32.int8" and kernel_of(plan, QUANTIZED) == "rows.rms_norm_quantize"
+    weight = str(arguments(first)["weight"].target)
+    program.weights[weight] = Weight.of(program.weights[weight].dense())  # its neighbours still read codes
+    plan = lower(program)
+    assert kernel_of(plan, LINEAR) == "gemv.dense.float32" and kernel_of(plan, QUANTIZED) == "torch.quantized"
 
 
 def test_a_fallback_is_told_and_names_the_encoding() -> None:
     plan = lower(unfit(captured("llama")))
     (slow,) = [row for row in plan.kernels() if row["fallback"]]
     assert slow["kernel"] == "torch.linear"
-    assert "affine(bits=4, group=8" in slow["why"] and "vectors of 16" in slow["why"]
+    assert "affine(bits=4, group=2" in slow["why"] and "within groups of 2" in slow["why"]
 
 
 def test_without_fallback_a_weight_is_refused_by_node_and_encoding() -> None:
     with pytest.raises(SmeltError) as caught:
         lower(unfit(captured("llama")), fallback=False)
     message = str(caught.value)
-    assert "for 1 nodes of llama" in message and "linear" in message and "affine(bits=4, group=8" in message
+    assert "for 1 nodes of llama" in message and "linear" in message and "affine(bits=4, group=2" in message
     assert "choose another encoding, or allow fallback=True" in message
 
 
@@ -113,15 +129,15 @@ def test_experts_run_on_what_is_stored() -> None:
     assert plan.choices[node.name].kernel.name == "experts.gemv.affine4.g32"
     assert plan.encoded[node.name] == ("gate_up", "down")
     name = str(node.args[4].target)  # type: ignore[union-attr]
-    program.weights[name] = program.weights[name].encoded(Affine(4, 8))
-    assert "experts: gemv of affine(bits=4, group=8" in lower(program).choices[node.name].why
+    program.weights[name] = program.weights[name].encoded(Affine(4, 2))
+    assert "experts: gemv of affine(bits=4, group=2" in lower(program).choices[node.name].why
 
 
 def test_other_types_run_as_torch_ops() -> None:
     inputs: dict[str, tuple[Any, ...]] = {"x": ("B", 8)}
     program = one_call(aten.silu.default, inputs, "$x")
     (node,) = program.calls(aten.silu.default)
-    assert lower(program).choices[node.name].kernel.name == "rows.silu"
+    assert lower(program).choices[node.name].kernel.name == "rows.silu"  # no shape was derived: nothing is fused
     node.args[0].meta["dtype"] = torch.float64  # type: ignore[union-attr]
     assert lower(program).choices[node.name].kernel.name == "aten.silu.out"
     layer = affine_layer()

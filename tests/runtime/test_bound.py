@@ -12,19 +12,20 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional
 
-
 from smelt.codegen.lower import lower
-
+from smelt.codegen.unit import Unit
 from smelt.ir.cache import Cache
 from smelt.ir.capture import capture_module
-from smelt.ir.encoding import Affine
+from smelt.ir.encoding import Affine, Encoding
 from smelt.ir.errors import SmeltError
 from smelt.ir.interpret import interpret
 from smelt.ir.program import Program
 from smelt.ir.shapes import derive
 from smelt.ir.weight import Weight
+from smelt.passes.activations.quantize import Quantize
 from smelt.runtime.bound import Bound, Pool
 
+from ..codegen.mutants import mutant
 from ..ir.programs import FAMILIES, cached, captured, quantized
 
 aten = torch.ops.aten
@@ -71,10 +72,31 @@ def test_equals_the_interpreter(family: str, target: Any) -> None:
         assert all(torch.equal(bound.inputs[n], other[n]) for n in other)
 
 
-def test_equals_the_interpreter_on_encoded_weights() -> None:
-    program = quantized(captured("llama"), Affine(4, 32))
+@pytest.mark.parametrize("encoding", [Affine(4, 32), Affine(8, 0), Affine(4, 32, zero=True)], ids=str)
+def test_equals_the_interpreter_on_encoded_weights(encoding: Encoding) -> None:
+    program = quantized(captured("llama"), encoding)
     inputs = tokens(2, 9)
     assert off(ran(bind(program, inputs)), interpret(program, inputs)) < TOLERANCE
+
+
+def test_a_wrong_epilogue_exceeds_the_tolerance() -> None:
+    program, inputs = captured("llama"), tokens(2, 9)
+    for right, wrong in (("(o0 + v0)", "(o0 - v0)"), ("silu(v0) * v1", "silu(v1) * v0"), ("w[3] + 16 *", "w[3] + 15 *")):
+        with mutant(right, wrong):
+            bound = bind(program, inputs)
+        assert off(ran(bound), interpret(program, inputs)) > 100 * TOLERANCE
+
+
+def test_a_decoder_is_one_unit() -> None:
+    plan, inputs = lower(cached(captured("llama"))), tokens(2, 7)
+    assert plan.program.cache is not None
+    cache = Cache(plan.program.cache, 2, 16)
+    cache.begin(inputs["positions"])
+    bound = Bound(plan, inputs, cache, {})
+    (whole,) = bound.calls
+    assert isinstance(whole, Unit)
+    nodes = {node.name for node in bound.plan.program.graph.nodes}
+    assert {call.node for call in whole.calls} - {""} <= nodes and len(whole.timed()) == len(whole.calls)
 
 
 class Strange(nn.Module):
@@ -93,9 +115,8 @@ class Strange(nn.Module):
         return turned, best, places.float(), y[:, ::2], torch.cat([x, self.table.expand_as(x)], -1), x.t()
 
 
-@pytest.mark.parametrize("rows", [1, 3, BULK + 1])
-@pytest.mark.parametrize("bulk", [False, True])
-def test_equals_a_plain_module(rows: int, bulk: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 129])
+def test_equals_a_plain_module(rows: int) -> None:
     module = Strange().eval()
     program = capture_module(module, (random(5, 24),))
     derive(program)
@@ -104,26 +125,31 @@ def test_equals_a_plain_module(rows: int, bulk: bool) -> None:
     with torch.no_grad():
         wanted = dict(zip(program.outputs, module(x), strict=True))
     for target in ("cpp", "torch"):
-        assert off(ran(bind(program, {name: x}, target, bulk=bulk)), wanted) < TOLERANCE
+        assert off(ran(bind(program, {name: x}, target)), wanted) < TOLERANCE
 
 
-def test_bulk_takes_the_library_product_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[type] = []
-    for kind in (LinearKernel, DecodedLinear):
-        right = kind.bind
-        monkeypatch.setattr(
-            kind, "bind", lambda self, args, out, right=right: taken.append(type(self)) or right(self, args, out)
-        )
-    program = captured("llama")
-    for count, bulk, wanted in (
-        (BULK, False, {LinearKernel}),
-        (BULK, True, {DecodedLinear}),
-        (BULK - 1, True, {DecodedLinear, LinearKernel}),  # the former hands over to the latter
-    ):
-        taken.clear()
-        inputs = tokens(1, count)
-        assert off(ran(bind(program, inputs, bulk=bulk)), interpret(program, inputs)) < TOLERANCE
-        assert set(taken) == wanted
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounded_activations_equal_the_interpreter(family: str) -> None:
+    """To the bits of the plain meaning of `quantized`, but where a value lies between two codes: few texts have one."""
+    plain = quantized(captured(family), Affine(4, 32))
+    program = plain.fork()
+    Quantize(group=32).apply(program, None)
+    errors = []
+    for seed, (rows, count) in enumerate(((1, 1), (1, 5), (2, 4), (3, 3), (2, 9))):
+        inputs = tokens(rows, count, seed)
+        wanted = interpret(program, inputs)
+        errors.append(off(ran(bind(program, inputs)), wanted))
+        assert off(interpret(plain, inputs), wanted) > 100 * TOLERANCE
+    assert sorted(errors)[2] < TOLERANCE and max(errors) < 0.1
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_last_tokens_logits_are_those_of_all(bits: int | None) -> None:
+    program = captured("llama") if bits is None else quantized(captured("llama"), Affine(bits, 32))
+    inputs, last = tokens(3, 7), torch.tensor([6, 0, 3])
+    whole, some = ran(bind(program, inputs)), ran(bind(program, inputs, last=last))
+    assert some["logits"].shape == (3, 1, 97)
+    assert torch.equal(some["logits"][:, 0], whole["logits"][torch.arange(3), last])
 
 
 def graph(build: Any, shapes: dict[str, tuple[int, ...]]) -> Program:

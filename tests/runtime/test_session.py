@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from smelt.codegen.lower import lower
-from smelt.codegen.plan import BULK, Plan
+from smelt.codegen.plan import Plan
 from smelt.ir.cache import Cache, Select
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.encoding import Affine
@@ -100,7 +100,7 @@ def test_steps_equal_the_interpreter_over_a_compressed_cache(stored: str, bits: 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stored", ["dense", "coded"])
 def test_a_row_of_a_ragged_batch_equals_the_row_alone(family: str, stored: str) -> None:
-    """Bit for bit, prompts shorter than a bulk block."""
+    """Bit for bit, however long its neighbours are."""
     rows = [prompt(length) for length in (1, 5, 64, 65, 97)]
     batch = Session(plan(family, stored), len(rows), 160)
     together = batch.prefill(rows)["logits"].clone()
@@ -124,7 +124,7 @@ def stepped_from(session: Session, rows: list[list[int]]) -> torch.Tensor:
     return torch.cat(out, 1)
 
 
-LONG = (BULK - 1, BULK, BULK + 1, CHUNK, CHUNK + BULK + 60, 2 * CHUNK)
+LONG = (127, 128, 129, CHUNK, CHUNK + 188, 2 * CHUNK)
 
 
 def test_long_prompts_are_read_in_chunks() -> None:
@@ -154,13 +154,13 @@ def test_a_large_vocabulary_reads_fewer_tokens_at_once(monkeypatch: pytest.Monke
     whole = Session(plan(), 1, 2 * CHUNK).prefill([row])["logits"].clone()
     assert widths == [CHUNK, 8]
     widths.clear()
-    monkeypatch.setattr(session_module, "LOGITS", 2 * BULK * VOCABULARY + 1)
+    monkeypatch.setattr(session_module, "LOGITS", 256 * VOCABULARY + 1)
     assert off(Session(plan(), 1, 2 * CHUNK).prefill([row])["logits"], whole) < TOLERANCE
-    assert widths == [2 * BULK, 2 * BULK, 8]
+    assert widths == [256, 256, 8]
 
 
 def test_every_prompt_token_is_harvested_with_the_logits_behind_it() -> None:
-    rows = [prompt(length) for length in (3, BULK + 2)]
+    rows = [prompt(length) for length in (3, 130)]
     seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     logits: dict[int, list[torch.Tensor]] = {0: [], 1: []}
 
@@ -168,7 +168,7 @@ def test_every_prompt_token_is_harvested_with_the_logits_behind_it() -> None:
         seen[row].append(tokens.clone())
         logits[row].append(behind.clone())
 
-    Session(plan(), 2, 2 * BULK).prefill(rows, harvest)
+    Session(plan(), 2, 256).prefill(rows, harvest)
     for number, row in enumerate(rows):
         assert torch.cat(seen[number]).tolist() == row
         assert off(torch.cat(logits[number]), meant(captured("llama"), row, 0, False)[0]) < TOLERANCE
@@ -188,7 +188,7 @@ def ancestors() -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("stored", "bits"), [("dense", None), ("coded", 4), ("selected", None)])
 def test_a_token_in_a_tree_gets_the_logits_it_gets_alone(family: str, stored: str, bits: int | None) -> None:
-    """Bit for bit, in a batch of three rows: what makes speculation exact. Ten rows of trees are more than a block."""
+    """Bit for bit, in a batch of many rows: what makes speculation exact."""
     tree = DecodePlan("recycle", Tree(PARENTS, (0, 0, 1, 0, 1, 0, 0, 0, 0)), 2)
     compiled = plan(family, stored, bits)
     drafted = lower(compiled.program.fork())
@@ -199,7 +199,6 @@ def test_a_token_in_a_tree_gets_the_logits_it_gets_alone(family: str, stored: st
     tokens = torch.randint(0, VOCABULARY, (len(rows), len(PARENTS)), generator=torch.Generator().manual_seed(2))
     depths = ancestors().sum(1) - 1
     positions = torch.tensor(session.cache.lengths)[:, None] + depths
-    assert tokens.numel() > BULK
     logits = session.step(tokens, positions, None, ancestors())["logits"].clone()
     for number, row in enumerate(rows[:3]):
         alone = Session(compiled, 1, 80)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..codegen.plan import Plan
     from ..ir.cost import Costs
     from ..ir.program import Program
+    from ..runtime.profile import Timing
 
 CONTEXT = 1024  # tokens at which a cache is told in numbers
 
@@ -23,6 +24,7 @@ def inspect_(
     what: Annotated[str, typer.Argument(metavar="MODEL|OUT", help="A model's folder or hub id, or an artefact.")],
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph as text.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernel of each node and why.")] = False,
+    tokens: Annotated[int, typer.Option(min=0, help="New tokens of the step that --kernels times; 0: none.")] = 1,
     target: Annotated[str, typer.Option(help="Whose kernels: cpp or torch.")] = "cpp",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -50,8 +52,10 @@ def inspect_(
             told["cost_of_a_token"] = cost(program).evaluate(B=1, T=1, S=CONTEXT)._asdict()
         plan = lower(program, target) if kernels else None  # type: ignore[arg-type]  # checked above
         text = print_program(program) if graph else ""
+        taken = _timings(plan, tokens) if plan else []
     if json:
-        emit({**told, **({"kernels": plan.kernels()} if plan else {}), **({"graph": text} if graph else {})})
+        measured = {"kernels": plan.kernels(), "timings": [vars(row) for row in taken]} if plan else {}
+        emit({**told, **measured, **({"graph": text} if graph else {})})
         return
     if graph and not kernels:
         print(text, end="")
@@ -59,6 +63,7 @@ def inspect_(
     _tell(told)
     if plan is not None:
         _tell_kernels(plan)
+        _tell_timings(taken, tokens)
     if graph:
         print(text, end="")
 
@@ -157,3 +162,27 @@ def _bits(row: dict[str, int]) -> str:
 def _tell_kernels(plan: Plan) -> None:
     rows = [(r["node"], r["kernel"], "fallback" if r["fallback"] else "", r["why"]) for r in plan.kernels()]
     print("\n" + columns([("node", "kernel", "", "why"), *rows]))
+
+
+def _timings(plan: Plan, tokens: int) -> list[Timing]:
+    """Of a step of a decoder on generated kernels; nothing else has a step to time."""
+    from ..runtime.profile import profile
+
+    if not tokens or plan.target != "cpp" or plan.program.cache is None:
+        return []
+    context = int(plan.program.facts.get("context") or CONTEXT)
+    return profile(plan, tokens, max(1, min(128, context - tokens)))
+
+
+def _tell_timings(rows: list[Timing], tokens: int) -> None:
+    if not rows:
+        return
+    head = ("kernel", "calls", "ms", "MB", "of bandwidth")
+    cells = [
+        (r.kernel, str(r.calls), f"{1e3 * r.seconds:.3f}", f"{r.nbytes / 1e6:.2f}" if r.nbytes else "",
+         f"{100 * r.share:.0f} %" if r.share is not None else "")
+        for r in rows
+    ]  # fmt: skip
+    total = sum(row.seconds for row in rows)
+    print(f"\na step of {tokens} token{'s' if tokens > 1 else ''}: {1e3 * total:.2f} ms")
+    print(columns([head, *cells]))

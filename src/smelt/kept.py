@@ -1,0 +1,128 @@
+"""Compiled programs, kept by content: the same model, recipe and calibration need no second compile.
+
+An entry is an artefact in the cache folder, named by a hash of all that made it: the model's files, the recipe, the
+tokenizer, the calibration data and smelt's own code. The oldest entries go when they take too much room together.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .assets import Assets
+from .codegen.build import cache
+from .ir.errors import SmeltError
+from .ir.program import Program
+from .passes.report import Report
+from .runtime import artefact
+
+LAYERS = ("ir", "passes", "recipes")  # code that decides what a compile gives; kernels are made on loading
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a compile gave."""
+
+    program: Program
+    facts: dict[str, Any]
+    report: Report
+
+
+def room() -> int:
+    """Bytes that entries may take together: $SMELT_KEEP in gigabytes, 8 by default; 0 keeps and finds nothing."""
+    asked = os.environ.get("SMELT_KEEP", "8")
+    try:
+        return int(float(asked) * 1e9)
+    except ValueError as fault:
+        raise SmeltError(f"SMELT_KEEP is '{asked}'; give gigabytes of disk, such as 8, or 0 to keep nothing") from fault
+
+
+def key(model: Any, recipe: str, assets: Assets, calibration: Any) -> str | None:
+    """The name of a compile's entry, or None where its inputs are not files and values that can be hashed."""
+    if room() <= 0 or not isinstance(model, str | Path) or not Path(model).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for piece in (_code(), recipe, *_calibration(calibration)):
+        digest.update(piece.encode() + b"\0")
+    for name, content in sorted(assets.files.items()):
+        digest.update(name.encode() + hashlib.sha256(content).digest())
+    for path in sorted(path for path in Path(model).iterdir() if path.is_file()):
+        digest.update(path.name.encode() + _file(path))
+    return digest.hexdigest()[:32]
+
+
+def find(name: str) -> Kept | None:
+    """The entry of that name; a damaged one is removed, and none."""
+    folder = _folder() / name
+    if not folder.is_dir():
+        return None
+    try:
+        program, manifest = artefact.load(folder)
+        facts = {k: v for k, v in manifest.items() if k not in ("format", "weights", "files", "report")}
+        report = Report.from_dict(manifest["report"])
+    except (SmeltError, KeyError, TypeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    os.utime(folder)  # who was used last, goes last
+    return Kept(program, facts, report)
+
+
+def keep(name: str, program: Program, facts: Mapping[str, Any], report: Report) -> None:
+    """Write an entry, unless it would fill the room by itself or the disk is full; then drop the oldest."""
+    if program.nbytes > room() or shutil.disk_usage(_existing(_folder())).free < 2 * program.nbytes:
+        return
+    artefact.save(_folder() / name, program, {}, {**facts, "report": report.to_dict()})
+    entries = sorted((path for path in _folder().iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
+    for path in entries[:-1]:
+        if sum(sizes.values()) <= room():
+            break
+        shutil.rmtree(path, ignore_errors=True)
+        sizes.pop(path)
+
+
+def _folder() -> Path:
+    return cache() / "programs"
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _calibration(given: Any) -> Iterator[str]:
+    if given is None:
+        return
+    if isinstance(given, torch.Tensor):
+        yield artefact.tensor_digest(given.detach().cpu())
+    elif isinstance(given, str | Path):
+        yield _file(Path(given)).hex() if Path(given).is_file() else str(given)
+    else:
+        yield from map(str, given)
+
+
+def _file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of the code that compiles, and of the libraries that capture."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    with suppress(PackageNotFoundError):
+        digest.update(version("transformers").encode())
+    here = Path(__file__).parent
+    for layer in LAYERS:
+        for path in sorted((here / layer).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
