@@ -6,9 +6,9 @@ python benchmarks/gpu.py --interpret                  # no GPU: all checks at ti
 
 Every result is compared with one of higher precision before it is timed, by a check that must also refuse a wrong
 result; beside a failed check stands no speed. Times are medians of CUDA events with quartiles; entries take turns, and
-the second-level cache is overwritten before each. Bounds come from a copy and a product measured in the same run. A
-section that has used up its time leaves the rest out and says so. Packages of others (gemlite, cut-cross-entropy,
-liger-kernel) take part where they import.
+other memory is read before each, so that none finds its operands in a cache. Bounds come from a copy and a product
+measured in the same run. A section that has used up its time leaves the rest out and says so. Packages of others
+(gemlite, cut-cross-entropy, liger-kernel) take part where they import.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
     start = time.monotonic()
     import torch
-
     from gpu import report
     from gpu.contest import Settings
 
@@ -61,14 +60,16 @@ def main() -> int:
 
         settings = Settings("cuda", torch.bfloat16, rivals=not options.no_rivals, tune=options.tune)
         clock = EventClock()
-        print(f"copy {clock.ceilings.bandwidth / 1e9:.0f} GB/s, bf16 product {clock.ceilings.rate / 1e12:.0f} TFLOP/s\n")
+        print("copy {bandwidth:.3g} bytes/s, bf16 product {rate:.3g} operations/s".format(**vars(clock.ceilings)))
     facts: dict[str, Any] = {**_machine(), "sections": {}, "bars": {}}
     if clock is not None:
         facts["ceilings"] = vars(clock.ceilings)
+    spare = 0.0
     for name in options.sections.split(","):
-        budget = min(SECTIONS[name] * options.patience, 1e9)
+        budget = SECTIONS[name] * options.patience + spare
+        print(f"\n{name}", flush=True)
         found = facts["sections"][name] = run_section(name, budget, settings, clock, facts["bars"])
-        print(f"{name}: {found['seconds']:.0f} s" if clock else name, end="\n\n", flush=True)
+        spare = max(0.0, budget - found["seconds"])
         facts["seconds"] = time.monotonic() - start
         if clock is not None:
             _write(options.results, facts)  # what is known so far survives an end from outside
@@ -82,25 +83,24 @@ def run_section(
 ) -> dict[str, Any]:
     """Its contests until the seconds are over; those left out stand under `skipped`."""
     from gpu import report
-    from gpu.clock import limit
-    from gpu.contest import OutOfTime, hold, release
+    from gpu.contest import hold, release
+    from gpu.limit import OutOfTime
 
     start, section = time.monotonic(), importlib.import_module(f"gpu.{name}")
     found: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for contest in section.contests(settings):
-        left = budget - (time.monotonic() - start)
         try:
-            if left <= 0:
-                raise OutOfTime
-            with limit(left):
-                facts = found[contest.name] = hold(contest, clock)
+            facts = found[contest.name] = hold(contest, clock, budget - (time.monotonic() - start))
         except OutOfTime:
             skipped[contest.name] = f"the section's {budget:.0f} s were over"
             print(f"{contest.name}\n  skipped: {skipped[contest.name]}")
             facts = {}
         else:
             print(report.table(contest.name, facts), flush=True)
+            for entry in facts.values():
+                if "seconds" in entry:
+                    entry["quartiles"] = report.spread(entry["seconds"])
         if contest.bar is not None:
             bars[contest.name] = report.reached(contest.bar, facts)
         release()
@@ -130,10 +130,12 @@ def _machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    there = torch.cuda.is_available()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit + (" and changes" if changed else ""),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter",
+        "device": torch.cuda.get_device_name() if there else "interpreter",
+        "capability": torch.cuda.get_device_capability() if there else None,
         "versions": versions,
     }
 
@@ -147,7 +149,8 @@ def _write(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"parted by commas; known: {', '.join(SECTIONS)}")
+    known = ",".join(SECTIONS)
+    parser.add_argument("--sections", default=known, help=f"parted by commas; known: {known}")
     parser.add_argument("--interpret", action="store_true", help="all checks on the CPU at tiny shapes; times nothing")
     parser.add_argument("--tune", action="store_true", help="try every tile of every product, not of the first alone")
     parser.add_argument("--no-rivals", action="store_true", help="leave torch and packages out")

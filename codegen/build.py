@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from ..ir.errors import SmeltError
-from .compiler import FLAGS, Compiler, cpu, find
+from .compiler import Compiler, cpu, find, flags
 
 OPENMP = "-fopenmp"
 _PROBE = """\
@@ -44,7 +44,7 @@ def build(source: str, name: str) -> ctypes.CDLL:
     Raises SmeltError with the compiler's first lines, or naming a damaged folder.
     """
     compiler = find()
-    return _load(_build(compiler, (*FLAGS, OPENMP) if has_openmp(compiler) else FLAGS, source, name))
+    return _load(_build(compiler, (*flags(), OPENMP) if has_openmp(compiler) else flags(), source, name))
 
 
 def source_of(library: ctypes.CDLL) -> str:
@@ -59,18 +59,18 @@ def has_openmp(compiler: Compiler) -> bool:
     if not verdict.exists():
         verdict.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=verdict.parent) as work:
-            answer = "yes" if _loads(compiler, (*FLAGS, OPENMP), Path(work) / "with") else "no"
-            if answer == "no" and not _loads(compiler, FLAGS, Path(work) / "without"):
+            answer = "yes" if _loads(compiler, (*flags(), OPENMP), Path(work) / "with") else "no"
+            if answer == "no" and not _loads(compiler, flags(), Path(work) / "without"):
                 return False  # the compiler fails altogether: no verdict, the kernel's own build says why
             (Path(work) / "verdict").write_text(answer)
             os.replace(Path(work) / "verdict", verdict)
     return verdict.read_text() == "yes"
 
 
-def _loads(compiler: Compiler, flags: tuple[str, ...], stem: Path) -> bool:
+def _loads(compiler: Compiler, options: tuple[str, ...], stem: Path) -> bool:
     source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
     source.write_text(_PROBE)
-    if compiler.run(source, library, flags).returncode != 0:
+    if compiler.run(source, library, options).returncode != 0:
         return False
     try:
         ctypes.CDLL(str(library))
@@ -79,9 +79,9 @@ def _loads(compiler: Compiler, flags: tuple[str, ...], stem: Path) -> bool:
     return True
 
 
-def _build(compiler: Compiler, flags: tuple[str, ...], source: str, name: str) -> Path:
+def _build(compiler: Compiler, options: tuple[str, ...], source: str, name: str) -> Path:
     """The folder that holds `kernel.cpp`, `kernel.so` and the hash of the latter."""
-    key = hashlib.sha256("\0".join([source, str(compiler), *flags, cpu()]).encode()).hexdigest()
+    key = hashlib.sha256("\0".join([source, str(compiler), *options, cpu()]).encode()).hexdigest()
     kernels = cache() / "kernels"
     folder = kernels / f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}-{key[:16]}"
     if folder.exists():
@@ -90,7 +90,7 @@ def _build(compiler: Compiler, flags: tuple[str, ...], source: str, name: str) -
     work = Path(tempfile.mkdtemp(prefix=".building-", dir=kernels))
     try:
         (work / "kernel.cpp").write_text(source)
-        result = compiler.run(work / "kernel.cpp", work / "kernel.so", flags)
+        result = compiler.run(work / "kernel.cpp", work / "kernel.so", options)
         if result.returncode != 0:
             kept = kernels / f"{folder.name}.failed.cpp"
             os.replace(work / "kernel.cpp", kept)

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..ir.errors import SmeltError
 
 FLAGS = (
-    "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC", "-std=c++17",
+    "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC", "-std=c++17",
 )  # fmt: skip
 REMEDY = "install a C++ compiler (apt install g++), or `pip install ziglang`, or compile with target='torch'"
 
@@ -68,6 +68,11 @@ def _ask(command: tuple[str, ...], path: str) -> Compiler | None:
     answer = subprocess.run([program, *command[1:], "--version"], capture_output=True, text=True, errors="replace")
     lines = answer.stdout.strip().splitlines()
     return Compiler((program, *command[1:]), lines[0]) if answer.returncode == 0 and lines else None
+
+
+def flags() -> tuple[str, ...]:
+    """What kernels are compiled with: for this CPU, or for `$SMELT_MARCH`, such as x86-64-v3 or native -mno-avx512f."""
+    return (*FLAGS, *shlex.split(f"-march={os.environ.get('SMELT_MARCH') or 'native'}"))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import fx
 
 from ..ir.ops import RMS_NORM, arguments
 from ..ir.weight import Weight
-from . import interleave, product
+from . import interleave, loops, product
 from .arena import Arena
 from .fuse import Chain, Region
 from .gemv import name as encoding_name
@@ -114,7 +114,7 @@ class ProductKernel:
         out = {}
         for node in (node for chain in self.region.chains for node in chain.products):
             weight = self._weight(node)
-            expr = weight.encoding.expr((None, product.K))
+            expr = weight.encoding.expr((None, loops.K))
             packed = interleave.pack(expr, weight.parts, weight.shape[0], self.arena.hold)
             out[node] = list(packed.values())
         return out

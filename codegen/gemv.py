@@ -11,7 +11,7 @@ import torch
 
 from ..ir.encoding import Encoding
 from ..ir.errors import SmeltError
-from . import interleave, product
+from . import interleave, loops, product
 from .memo import remembered
 from .product import Spec
 from .unit import Call, Unit, call
@@ -35,7 +35,7 @@ def _verdict(encoding: Encoding, width: int | None) -> str:
     """Why no loop reads the encoding, or nothing."""
 
     def answer() -> str:
-        inner = product.floats(encoding) if width is None else product.integers(encoding, width)
+        inner = loops.floats(encoding) if width is None else loops.integers(encoding, width)
         return inner if isinstance(inner, str) else ""
 
     return remembered(f"covers {width}", encoding, answer)
@@ -84,7 +84,7 @@ class Gemv:
         if 8 * nbytes != self.encoding.bits(shape):
             raise SmeltError(f"gemv: the parts hold {8 * nbytes} bits, {self.encoding} of shape {list(shape)} has "
                              f"{self.encoding.bits(shape)}")  # fmt: skip
-        packed = interleave.pack(self.encoding.expr((None, product.K)), parts, shape[0], _contiguous)
+        packed = interleave.pack(self.encoding.expr((None, loops.K)), parts, shape[0], _contiguous)
         return Bound(self.encoding, shape, nbytes, packed)
 
 

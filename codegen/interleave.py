@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import sympy
 import torch
 
-from ..ir.encoding.expr import Bin, Cast, Expr, Load, Take, k, n, stored
+from ..ir.encoding.expr import Bin, Cast, Expr, Index, Load, Take, k, n, stored
 
 ROWS = 16
 tile, lane = sympy.symbols("tile lane", integer=True, nonnegative=True)
@@ -39,6 +39,8 @@ def rewritten(expr: Expr) -> Expr:
             u = unit(dtype)
             at = ((tile * length(part) + column // u) * ROWS + lane) * u
             return Load(part, at + sympy.Mod(column, u) if u > 1 else at, dtype)
+        case Index(value, dtype):
+            return Index(sympy.sympify(value).subs(n, ROWS * tile + lane), dtype)
         case Take(part, size, index, dtype):
             return Take(part, size, rewritten(index), dtype)
         case Bin(op, a, b):

@@ -17,7 +17,7 @@ from functools import cached_property
 import sympy
 
 from ..ir.encoding import Encoding
-from ..ir.encoding.expr import Const, Expr, indices, k, loads, substitute
+from ..ir.encoding.expr import Const, Expr, indices, k, loads, stored, substitute
 from ..ir.errors import SmeltError
 from .hoist import Term, folded, span, split
 from .printers.torch import index
@@ -135,11 +135,11 @@ class Product:
     @cached_property
     def parts(self) -> dict[str, str]:
         """Storage types of the weights' parts by the name of their argument."""
-        return {prefix + load.part: load.dtype for prefix, expr in self.exprs.items() for load in loads(expr)}
+        return {prefix + part: dtype for prefix, expr in self.exprs.items() for part, dtype in stored(expr).items()}
 
     def names(self, prefix: str) -> dict[str, str]:
         """Arguments by part, for the printer."""
-        return {load.part: prefix + load.part for load in loads(self.exprs[prefix])}
+        return {part: prefix + part for part in stored(self.exprs[prefix])}
 
 
 def _packing(exprs: Sequence[Expr], length: int | None) -> Columns:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..ir.errors import SmeltError
-from ..ir.ops import GATED, LAYER_NORM, RMS_NORM, ROTARY
+from ..ir.ops import GATED, LAYER_NORM, QUANTIZED, RMS_NORM, ROTARY
 from .rows_source import KERNELS, MATH
 from .unit import Call, Function, call
 
@@ -109,6 +109,11 @@ def _layer_norm(args: Mapping[str, Any], out: torch.Tensor) -> Call:
     return call(function("layer_norm"), *words, writes=[out], work=3 * x.numel())
 
 
+def _quantized(args: Mapping[str, Any], out: torch.Tensor) -> Call:
+    x, group, levels = args["x"], int(args["group"]) or args["x"].shape[-1], float(2 ** (int(args["bits"]) - 1) - 1)
+    return call(function("round_rows"), x, out, *_rows_of(x), group, levels, writes=[out], work=4 * x.numel())
+
+
 def _rotary(args: Mapping[str, Any], out: torch.Tensor) -> Call:
     x, freq = args["x"], args["inv_freq"]
     (b, h, t, d), steps = x.shape, x.stride()[:3]
@@ -137,6 +142,7 @@ def _activation(act: str, args: Mapping[str, Any], out: torch.Tensor) -> Call:
 _KERNELS: dict[Any, tuple[str, Binder, tuple[str, ...]]] = {
     RMS_NORM.target: ("rms_norm", _rms_norm, ()),
     LAYER_NORM.target: ("layer_norm", _layer_norm, ()),
+    QUANTIZED.target: ("quantized", _quantized, ()),
     ROTARY.target: ("rotary", _rotary, ("x", "positions")),
     GATED.target: ("gated", _gated, ("gate", "up")),
     # ATen computes these by vectors inside of a tensor and by scalars at its end, with other last bits

@@ -106,6 +106,35 @@ static void layer_norm(Rank& rank, const int64_t* c) {
   });
 }
 
+// The scale of g numbers whose greatest magnitude is `levels` steps; NaN where one is NaN or infinite
+static inline float step_of(const float* x, int64_t g, float levels) {
+  f32x16 top = {}, poison = {};
+  for (int64_t i = 0; i < g; i += 16) {
+    const f32x16 v = read(x + i, g - i);
+    poison += v * 0.0f;
+    top = choose(v > top, v, top);
+    top = choose(-v > top, -v, top);
+  }
+  float most = 0;
+  for (int i = 0; i < 16; i++) most = top[i] > most ? top[i] : most;
+  return most / levels + sum(poison);
+}
+static inline f32x16 in_steps(f32x16 x, float scale) {  // adding 1.5 * 2^23 rounds to an integer, ties to even
+  return x / splat(scale == 0 ? 1.0f : scale) + 12582912.0f - 12582912.0f;
+}
+
+// x, y, m, k, group, levels: rounded values
+static void round_rows(Rank& rank, const int64_t* c) {
+  const int64_t k = c[4], g = c[5];
+  share(rank, c[3], [&](int64_t r) {
+    for (int64_t at = r * k; at < (r + 1) * k; at += g) {
+      const float *x = (const float*)c[1] + at, scale = step_of(x, g, real(c[6]));
+      for (int64_t i = 0; i < g; i += 16)
+        write((float*)c[2] + at + i, in_steps(read(x + i, g - i), scale) * scale, g - i);
+    }
+  });
+}
+
 // Codes of row r in groups of g, with a scale and the sum of codes each: scale = max|x| / 127, code = round(x / scale).
 // `wide` rows stand side by side: codes [M / wide, K / 4, wide, 4], scales and sums [M / wide, K / g, wide].
 static inline void quantize(const float* x, const int64_t* c, int64_t r) {
@@ -114,22 +143,11 @@ static inline void quantize(const float* x, const int64_t* c, int64_t r) {
   float* scales = (float*)c[3] + first * (k / g) + seat;
   int32_t* sums = (int32_t*)c[4] + first * (k / g) + seat;
   for (int64_t at = 0; at < k; at += g, scales += wide, sums += wide) {
-    f32x16 top = {}, poison = {};
-    for (int64_t i = at; i < at + g; i += 16) {
-      const f32x16 v = read(x + i, at + g - i);
-      poison += v * 0.0f;  // NaN from a NaN or an infinity
-      top = choose(v > top, v, top);
-      top = choose(-v > top, -v, top);
-    }
-    float most = 0;
-    for (int i = 0; i < 16; i++) most = top[i] > most ? top[i] : most;
-    const float scale = most / 127.0f + sum(poison);
-    const f32x16 divisor = splat(scale == 0 ? 1.0f : scale);
+    const float scale = step_of(x + at, g, 127.0f);
     i32x16 total = {};
     for (int64_t i = at; i < at + g; i += 16) {
       const int64_t left = at + g - i < 16 ? at + g - i : 16;
-      // adding 1.5 * 2^23 rounds to an integer, ties to even
-      const i32x16 q = __builtin_convertvector(read(x + i, left) / divisor + 12582912.0f - 12582912.0f, i32x16);
+      const i32x16 q = __builtin_convertvector(in_steps(read(x + i, left), scale), i32x16);
       const i8x16 narrow = __builtin_convertvector(q, i8x16);
       total += q;
       for (int64_t j = 0; j < left; j += 4) memcpy(codes + (i + j) * wide, (const int8_t*)&narrow + j, 4);

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .build import build
+from .compiler import Compiler, find, flags
 from .printers.cpp import PRELUDE
 from .team import HEADER, team
 
@@ -103,9 +104,9 @@ class Unit:
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = list(calls)
         self.source = source([call.function for call in calls])
-        for each, flags in zip(calls, _flags(calls), strict=True):
-            each.words[0] = flags
-        library = _library(self.source)
+        for each, word_of_flags in zip(calls, _flags(calls), strict=True):
+            each.words[0] = word_of_flags
+        library = _library(self.source, find(), flags())
         self._step, self._timed = library.step, library.timed
         self._pointers = (ctypes.c_void_p * len(calls))(*(ctypes.addressof(c.words) for c in calls))
         self._refreshes = [c.refresh for c in calls if c.refresh is not None]
@@ -141,7 +142,7 @@ def source(functions: Sequence[Function]) -> str:
 
 
 @functools.cache
-def _library(text: str) -> ctypes.CDLL:
+def _library(text: str, compiler: Compiler, options: tuple[str, ...]) -> ctypes.CDLL:
     library = build(text, "step")
     for function, count in ((library.step, 2), (library.timed, 3)):
         function.argtypes, function.restype = [ctypes.c_void_p] * count, None

@@ -1,1 +1,1 @@
-"""The pieces of `gpu.py`: a file for each family of kernels, what a contest is, how it is timed, what is shown of it."""
+"""The pieces of `gpu.py`: what a contest is, how it is timed and shown, and a file for each family of kernels."""

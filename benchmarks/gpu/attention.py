@@ -1,4 +1,4 @@
-"""Attention of new tokens over a long cache: dense, 8 bits and 4 bits, against torch's over the same keys and values."""
+"""Attention of new tokens over a long cache: dense, 8 bits and 4 bits, against torch's over the same tokens."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _prepare(settings: Settings, shape: Shape) -> Makers:
         tree[2:, 1] = False  # two branches
     flops = 4.0 * shape.rows * shape.heads * shape.new * shape.dim * shape.stored
     makers: dict[str, Callable[[], Entry]] = {
-        f"smelt {name}": partial(_ours, site, shape, q, keys, values, tree, flops)
+        f"smelt {name}": partial(_ours, site, shape, (q, keys, values), tree, flops)
         for name, site in sites(shape, str(half).removeprefix("torch.")).items()
     }
     if settings.rivals:
@@ -90,9 +90,8 @@ def _prepare(settings: Settings, shape: Shape) -> Makers:
     return makers
 
 
-def _ours(
-    site: Site, shape: Shape, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tree: torch.Tensor, flops: float
-) -> Entry:
+def _ours(site: Site, shape: Shape, fresh: Outputs, tree: torch.Tensor, flops: float) -> Entry:
+    q, keys, values = fresh
     stored, new, rows, device = shape.stored, shape.new, shape.rows, keys.device
     cache = Cache(CachePlan((site,)), rows, stored + new, device, scratch=new)
     cache.begin(torch.arange(stored, device=device).expand(rows, -1))

@@ -1,21 +1,22 @@
-"""Times on a GPU: CUDA events around every run, entries in turns, the second-level cache overwritten before each."""
+"""Times on a GPU: CUDA events around every run, entries in turns, other memory read before each."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
+from typing import TypeAlias
 
 import torch
 
-from .contest import Outputs, OutOfTime, Run
+from .contest import Outputs, Run
 
-TRASH = 512 << 20  # bytes written before a run: many times any cache; the host launches the run meanwhile
-LEAST, MOST = 10, 50  # repetitions
+# bytes read before a run: many times any cache, so that no entry finds its operands there (written ones would have to
+# go back to memory during the run). It takes a third of a millisecond on an H100, in which the host prepares the run.
+TRASH = 1 << 30
+LEAST, MOST = 10, 100  # repetitions
 LONG = 0.6  # seconds of repetitions that are enough for one entry
+
+Pair: TypeAlias = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class EventClock:
     """The clock of `contest.py` for the current CUDA device."""
 
     def __init__(self) -> None:
-        self.trash = torch.empty(TRASH, dtype=torch.int8, device="cuda")
+        self.trash = torch.zeros(TRASH // 4, device="cuda")
         self.ceilings = self._ceilings()
 
     def race(self, runs: Mapping[str, Run]) -> dict[str, list[float]]:
@@ -39,7 +40,7 @@ class EventClock:
         for _ in range(2):
             first = sum(self._once(run) for run in runs.values())
         repeats = max(LEAST, min(MOST, int(LONG * len(runs) / max(first, 1e-9))))
-        events = {name: [] for name in runs}  # type: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]
+        events: dict[str, list[Pair]] = {name: [] for name in runs}
         for _ in range(repeats):
             for name, run in runs.items():
                 events[name].append(self._between(run))
@@ -77,9 +78,9 @@ class EventClock:
         """The longer of moving the bytes and computing the operations."""
         return max(nbytes / self.ceilings.bandwidth, flops / self.ceilings.rate)
 
-    def _between(self, run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _between(self, run: Run) -> Pair:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.trash.zero_()
+        self.trash.sum()
         start.record()
         run()
         end.record()
@@ -101,22 +102,3 @@ class EventClock:
 
 def _seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
     return float(start.elapsed_time(end)) / 1e3
-
-
-@contextlib.contextmanager
-def limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in here once the seconds are over; only in the main thread, elsewhere nothing ends early."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def over(number: int, frame: FrameType | None) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

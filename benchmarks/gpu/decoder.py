@@ -97,7 +97,7 @@ def plain(
     values: list[torch.Tensor],
     dtype: torch.dtype,
 ) -> Callable[[], torch.Tensor]:
-    """One step in plain torch, whose logits [1, V] it returns; keys and values [1, G, stored + 1, D] get the token's."""
+    """A step in plain torch that returns logits [1, V]; keys and values [1, G, stored + 1, D] get the token's."""
     shape = model.shape
     gains, token = [gain.to(dtype) for gain in model.gains], model.token.to(dtype)
     at = torch.full((1, 1), shape.stored, device=token.device)

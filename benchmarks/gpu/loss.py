@@ -27,7 +27,8 @@ def contests(settings: Settings) -> Iterator[Contest]:
     for n, v, k in TINY if settings.tiny else SHAPES:
         bar = Bar("smelt filtered", 1.0, ("cut-cross-entropy",)) if v == 128256 else None
         label = f"loss and gradients, {n} tokens, {v} words of {k}"
-        yield Contest(label, TOLERANCE[settings.half], partial(_prepare, settings, n, v, k), apart, bar)
+        prepare = partial(_prepare, settings, n, v, k)
+        yield Contest(label, TOLERANCE[settings.half], prepare, apart, bar, memory=True)
 
 
 def _prepare(settings: Settings, n: int, v: int, k: int) -> Makers:

@@ -31,7 +31,7 @@ GATED = {1: (14336, 4096), 16: (14336, 4096)}
 TINY_GATED = {1: (48, 128), 17: (48, 128)}
 # relative to a value and the mean size: weights and results are rounded to 8 or 11 bits, and a gate multiplies two
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
-GATE = 2.5
+GATE = 4
 
 
 def contests(settings: Settings) -> Iterator[Contest]:

@@ -46,6 +46,8 @@ def _line(found: Mapping[str, Any], facts: Facts) -> str:
         first = next(other for other in facts.values() if "seconds" in other and "failed" not in other)
         if found is not first:
             words.append(f"takes × {ratio(found['seconds'], first['seconds'])[1]:.2f}")
+    if "untimed" in found:
+        words.append(f"not timed: {found['untimed']}")
     if "peak" in found:
         words.append(f"{found['peak'] / 1e6:.0f} MB")
     return ", ".join(words)

@@ -38,7 +38,8 @@ def contests(settings: Settings) -> Iterator[Contest]:
 
 
 def _norm(settings: Settings, m: int, k: int) -> Makers:
-    x, stream, gain = (torch.randn(*shape, device=settings.device).to(settings.half) for shape in ((m, k), (m, k), (k,)))
+    shapes = (m, k), (m, k), (k,)
+    x, stream, gain = (torch.randn(*shape, device=settings.device).to(settings.half) for shape in shapes)
     total = x + stream
     right = (total, functional.rms_norm(total.double(), (k,), gain.double(), 1e-5))
     nbytes = (4 * m + 1) * k * x.element_size()
@@ -75,27 +76,19 @@ def _rotary(settings: Settings, rows: int, heads: int, groups: int, dim: int) ->
     right = (turned[0], turned[1], v)
     nbytes = 2 * joined.numel() * joined.element_size()
 
-    def launch(by: float) -> Run:
+    def launch(by: float, back: bool) -> Run:
+        """`back`: read what went to the tails, which is no part of the kernel."""
         out = torch.full_like(q, float("nan"))
-        tails = [torch.full((rows, groups, width, dim), float("nan"), dtype=q.dtype, device=device) for _ in range(2)]
+        tails = torch.full((2, rows, groups, width, dim), float("nan"), dtype=q.dtype, device=device)
+        tail_k, tail_v = tails.unbind()
 
         def run() -> Outputs:
-            rows_triton.rotate_append(q, k, v, out, *tails, positions, counts, frequencies, by)
-            return out, tails[0].gather(2, at), tails[1].gather(2, at)
+            rows_triton.rotate_append(q, k, v, out, tail_k, tail_v, positions, counts, frequencies, by)
+            return (out, tail_k.gather(2, at), tail_v.gather(2, at)) if back else (out,)
 
         return run
 
-    def timed(by: float) -> Run:
-        """The kernel alone: reading the tails back is no part of it."""
-        out, tails = torch.empty_like(q), [q.new_empty(rows, groups, width, dim) for _ in range(2)]
-
-        def run() -> Outputs:
-            rows_triton.rotate_append(q, k, v, out, *tails, positions, counts, frequencies, by)
-            return (out,)
-
-        return run
-
-    return {"smelt": lambda: Entry(launch(1.0), right, launch(1.05), nbytes, alone=timed(1.0))}
+    return {"smelt": lambda: Entry(launch(1.0, True), right, launch(1.05, True), nbytes, alone=launch(1.0, False))}
 
 
 def _encode(settings: Settings, encoding: Affine, shape: tuple[int, int, int]) -> Makers:

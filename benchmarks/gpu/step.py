@@ -13,7 +13,7 @@ from smelt.codegen.gemm_triton import TritonProduct
 from smelt.codegen.product_triton import Product
 from smelt.ir.cache import Cache, CachePlan, Site
 
-from .contest import Bar, Contest, Entry, Makers, Outputs, Run, Settings, apart
+from .contest import Bar, Contest, Entry, Makers, Outputs, Settings, apart
 from .decoder import EPS, Model, Shape, plain
 
 TINY = Shape(64, 2, 4, 2, 16, 96, 100, 40, 32)
@@ -32,9 +32,8 @@ def _prepare(settings: Settings, shape: Shape) -> Makers:
     model = Model.random(shape, settings.device, settings.half)
     step = TritonStep(model, settings)
     keys, values = step.stored()
-    wide = [[each.double() for each in part] for part in (keys, values)]
-    exact = (layer for layer in model.decoded(torch.float64))
-    right = (plain(model, exact, *wide, torch.float64)(),)
+    exact, double = model.decoded(torch.float64), torch.float64
+    right = (plain(model, exact, [k.to(double) for k in keys], [v.to(double) for v in values], double)(),)
     cached = 2 * sum(each.numel() * each.element_size() for each in keys)
 
     def ours() -> Entry:
@@ -43,19 +42,19 @@ def _prepare(settings: Settings, shape: Shape) -> Makers:
         return Entry(step.run, right, wrong, model.nbytes + cached, captured=True, pieces=pieces)
 
     def rival() -> Entry:
-        matrices = list(model.decoded(torch.bfloat16))
-        copies = [[each.to(torch.bfloat16, copy=True) for each in part] for part in (keys, values)]
-        compiled = torch.compile(plain(model, matrices, *copies, torch.bfloat16), dynamic=False)
+        dense = torch.bfloat16
+        matrices = list(model.decoded(dense))
+        first, second = ([each.to(dense, copy=True) for each in part] for part in (keys, values))
+        compiled = torch.compile(plain(model, matrices, first, second, dense), dynamic=False)
         read = sum(2 * matrix.numel() for layer in matrices for matrix in layer.values())
-        with torch.no_grad():
-            return Entry(lambda: (compiled(),), right, None, read + cached, captured=True)
+        return Entry(lambda: (compiled(),), right, None, read + cached, captured=True)
 
     makers: dict[str, Callable[[], Entry]] = {"smelt 4 bits": ours}
     return makers | ({"torch compiled bf16": rival} if settings.rivals else {})
 
 
 class TritonStep:
-    """The launches of a step, seven a layer, over buffers of its own. Running it again computes the same token again."""
+    """The launches of a step, seven a layer, over buffers of its own; running it again computes the same token."""
 
     def __init__(self, model: Model, settings: Settings) -> None:
         self.model, shape, device, half = model, model.shape, settings.device, settings.half
@@ -105,11 +104,10 @@ class TritonStep:
 
     def _rotate(self, number: int) -> None:
         segments, step = self.cache.segments[number], self.cache.step
-        assert step is not None
-        rows_triton.rotate_append(
-            *self.heads, self.q, segments.tail_k, segments.tail_v, step.positions, self.cache.counts(number),
-            self.model.frequencies,
-        )  # fmt: skip
+        assert step is not None  # `_filled` began it
+        q, k, v = self.heads
+        tails, counts = (segments.tail_k, segments.tail_v), self.cache.counts(number)
+        rows_triton.rotate_append(q, k, v, self.q, *tails, step.positions, counts, self.model.frequencies)
 
     def stored(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Copies of keys and of values by layer, [1, G, stored + 1, D]; the last place is the step's."""

@@ -167,6 +167,14 @@ template <int SIZE> static inline f32x16 take_float32(const float* table, i32x16
 }
 template <int SIZE> static inline u16x16 take_float16(const uint16_t* table, i32x16 at) {
   u16x16 v;
+#if defined(__AVX512F__)
+  if (SIZE <= 16) {
+    u16x16 held = {};
+    memcpy(&held, table, (SIZE <= 16 ? SIZE : 16) * sizeof(uint16_t));
+    const i32x16 wide = __builtin_convertvector(held, i32x16);
+    return __builtin_convertvector((i32x16)_mm512_permutexvar_epi32((__m512i)at, (__m512i)wide), u16x16);
+  }
+#endif
   for (int i = 0; i < 16; i++) v[i] = table[at[i]];
   return v;
 }

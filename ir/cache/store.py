@@ -207,6 +207,13 @@ class Cache:
                     segments.flush(row, was, now, counts.tail)
             schedule.set(row, counts, length)
 
+    def restart(self) -> None:
+        """Forget every token; buffers stay."""
+        self.lengths, self.prefilling, self.step = [0] * self.batch, True, None
+        for schedule in self._schedules.values():
+            for row in range(self.batch):
+                schedule.set(row, Counts(0, 0, 0), 0)
+
     def end_prefill(self) -> None:
         """The prompt is complete: encode what left the tail, page by page, and free the space it took."""
         if not self.prefilling:

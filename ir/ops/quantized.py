@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sympy
 import torch
 
@@ -26,7 +24,7 @@ def _quantized_shape(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _quantized_cost(x: Shape, *_: Any) -> Cost:
+def _quantized_cost(x: Shape, bits: int, group: int) -> Cost:
     return Cost(flops=4 * sympy.prod([sympy.sympify(d) for d in x]))
 
 

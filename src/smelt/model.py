@@ -31,6 +31,7 @@ from .runtime.session import Session
 from .runtime.text import Stream, Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | torch.Tensor
+ROUND = 256  # tokens in which a session's context is counted, so that the next call may take it over
 KEPT = 8  # shapes of inputs whose buffers `run` keeps
 OPTIONS = ("max_new_tokens", "stop", "eos", "speculate", *(field.name for field in fields(Sampling)))
 
@@ -88,6 +89,7 @@ class Compiled:
         self.plan: Plan = lower(program, target, fallback)
         self._decoded: dict[str, torch.Tensor] = {}
         self._bound: dict[tuple[torch.Size, ...], Bound] = {}
+        self._idle: Session | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -165,6 +167,7 @@ class Compiled:
             ready = ready or time.perf_counter()
             pieces[number].append(_push(decoding, streams, number, tokens))
         end = time.perf_counter()
+        self._idle = decoding.session
         rows = []
         for number, row in enumerate(decoding.rows):
             if not streams:
@@ -185,6 +188,7 @@ class Compiled:
         for number, tokens in decoding.run():
             if text := _push(decoding, streams, number, tokens):
                 yield text
+        self._idle = decoding.session
         if text := streams[0].finish():
             yield text
 
@@ -219,12 +223,20 @@ class Compiled:
                 f"generate: the longest prompt has {longest} tokens and {new_tokens} more are asked for, but the "
                 f"model's context is {self.context}; shorten the prompt or max_new_tokens"
             )
-        session = Session(self.plan, len(ids), need, self._decoded)
+        session = self._session(len(ids), need)
         decoding = Decoding(session, ids, Sampling(**given), Limits(new_tokens, frozenset(eos)), speculate)
         has_text = self.assets.folder is not None and (self.assets.folder / "tokenizer.json").is_file()
         if stop and not has_text:
             raise SmeltError("generate: stop strings need the model's tokenizer: pass tokenizer=FOLDER to compile")
         return decoding, [Stream(self.tokenizer, stop) for _ in ids] if has_text else [], start
+
+    def _session(self, batch: int, need: int) -> Session:
+        """The last finished call's session, if it fits; binding a plan anew takes as long as some tokens."""
+        idle, self._idle = self._idle, None
+        if idle is not None and idle.cache.batch == batch and idle.cache.capacity >= need:
+            idle.cache.restart()
+            return idle
+        return Session(self.plan, batch, min(self.context, -(-need // ROUND) * ROUND), self._decoded)
 
     def _ids(self, number: int, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -49,7 +49,9 @@ def test_every_computed_node_has_a_kernel_and_a_reason(family: str, target: Any)
         assert not choice.fallback
     assert bool(fused) == (target == "cpp") and set(named) == plan.choices.keys() | fused
     assert named == [node.name for node in program.graph.nodes if node.name in named]
-    assert all(row.keys() == {"node", "kernel", "why", "fallback", "source"} and all(map(str, row.values())) for row in rows)
+    assert all(
+        row.keys() == {"node", "kernel", "why", "fallback", "source"} and all(map(str, row.values())) for row in rows
+    )
 
 
 def test_the_cpp_target_generates_kernels_for_the_whole_of_a_decoder() -> None:
@@ -93,7 +95,7 @@ def test_rounded_activations_make_products_of_integers() -> None:
     weight = str(arguments(first)["weight"].target)
     program.weights[weight] = Weight.of(program.weights[weight].dense())  # its neighbours still read codes
     plan = lower(program)
-    assert kernel_of(plan, LINEAR) == "gemv.dense.float32" and kernel_of(plan, QUANTIZED) == "torch.quantized"
+    assert kernel_of(plan, LINEAR) == "gemv.dense.float32" and kernel_of(plan, QUANTIZED) == "rows.quantized"
 
 
 def test_a_fallback_is_told_and_names_the_encoding() -> None:

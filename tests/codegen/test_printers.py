@@ -154,10 +154,10 @@ def test_literals_and_indices_print() -> None:
 
 
 def test_every_generated_line_compiles_without_warning(tmp_path: Path) -> None:
-    from smelt.codegen.compiler import FLAGS, find
+    from smelt.codegen.compiler import find, flags
 
     expr = Affine(4, 64, zero=True).expr((None, K))
     source, _ = decoder(expr, by_vector(expr) + by_element(expr))
     (tmp_path / "k.cpp").write_text(source)
-    result = find().run(tmp_path / "k.cpp", tmp_path / "k.so", (*FLAGS, "-Wall", "-Wno-unused-function"))
+    result = find().run(tmp_path / "k.cpp", tmp_path / "k.so", (*flags(), "-Wall", "-Wno-unused-function"))
     assert result.returncode == 0 and "warning" not in result.stderr, result.stderr

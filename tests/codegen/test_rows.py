@@ -189,11 +189,19 @@ def test_clang_keeps_rows_apart_too(target: Any, args: dict[str, Any], monkeypat
 MUTANTS = {
     "5 % scale": ("rms_norm", "* s * (read(w", "* s * 1.05f * (read(w"),
     "no offset": ("rms_norm", "+ offset)", "+ 0 * offset)"),
-    "a dropped row": ("layer_norm", "c[5], [&](int64_t r) {\n    const float* in", "c[5] - 1, [&](int64_t r) {\n    const float* in"),
+    "a dropped row": (
+        "layer_norm",
+        "c[5], [&](int64_t r) {\n    const float* in",
+        "c[5] - 1, [&](int64_t r) {\n    const float* in",
+    ),
     "the tail left out of the variance": ("layer_norm", "j = k - i; j < 16", "j = 0; j < 16"),
     "rotated the other way": ("rotary", "fma(u, c, -(v * s))", "fma(u, c, v * s)"),
     "the rest not passed": ("rotary", "i = 2 * r; i < dim", "i = 2 * r + 1; i < dim"),
-    "gate and up swapped": ("gated silu", "const float *gate = (const float*)c[1] + r * c[6], *up", "const float *up = (const float*)c[1] + r * c[6], *gate"),
+    "gate and up swapped": (
+        "gated silu",
+        "const float *gate = (const float*)c[1] + r * c[6], *up",
+        "const float *up = (const float*)c[1] + r * c[6], *gate",
+    ),
     "a stride forgotten": ("gated relu", "*gate = (const float*)c[1] + r * c[6]", "*gate = (const float*)c[1] + r * k"),
 }
 

@@ -81,7 +81,11 @@ def test_equals_the_interpreter_on_encoded_weights(encoding: Encoding) -> None:
 
 def test_a_wrong_epilogue_exceeds_the_tolerance() -> None:
     program, inputs = captured("llama"), tokens(2, 9)
-    for right, wrong in (("(o0 + v0)", "(o0 - v0)"), ("silu(v0) * v1", "silu(v1) * v0"), ("w[3] + 16 *", "w[3] + 15 *")):
+    for right, wrong in (
+        ("(o0 + v0)", "(o0 - v0)"),
+        ("silu(v0) * v1", "silu(v1) * v0"),
+        ("w[3] + 16 *", "w[3] + 15 *"),
+    ):
         with mutant(right, wrong):
             bound = bind(program, inputs)
         assert off(ran(bound), interpret(program, inputs)) > 100 * TOLERANCE
