@@ -88,6 +88,8 @@ class _Search:
             reader, why = _only_reader(out)
             if reader is None:
                 return Chain(tuple(products), tuple(tail)), why
+            if reader in self.taken:
+                return Chain(tuple(products), tuple(tail)), f"{reader.name} not taken: it is in another kernel"
             second = None
             for other in reader.all_input_nodes:
                 if other in (*products, *tail):

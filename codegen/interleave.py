@@ -71,7 +71,7 @@ def mixed(expr: Expr) -> str | None:
 
 
 def pack(
-    expr: Expr, parts: Mapping[str, torch.Tensor], rows: int, hold: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    expr: Expr, parts: Mapping[str, torch.Tensor], rows: int, hold: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The parts of a matrix of so many rows as kernels read them: [tiles, units, 16, u], or as they are.
 

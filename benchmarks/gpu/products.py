@@ -26,7 +26,7 @@ ENCODINGS: dict[str, Encoding] = {
 HEADLINE = "affine4 g128"
 # rows of x: outputs and columns; the bar's shape first, then what batches and prompts have
 SHAPES = {1: (16384, 16384), 4: (8192, 8192), 16: (8192, 8192), 64: (8192, 8192), 2048: (8192, 8192)}
-TINY = {1: (48, 128), 3: (48, 128), 17: (48, 128), 70: (48, 128)}
+TINY = {1: (48, 128), 70: (48, 128)}
 GATED = {1: (14336, 4096), 16: (14336, 4096)}
 TINY_GATED = {1: (48, 128), 17: (48, 128)}
 # relative to a value and the mean size: weights and results are rounded to 8 or 11 bits, and a gate multiplies two

@@ -16,7 +16,7 @@ def quantized(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     groups = x.float().unflatten(-1, (-1, group or x.shape[-1]))
     scale = groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     codes = (groups / torch.where(scale == 0, 1.0, scale)).round()
-    rounded: torch.Tensor = (codes * scale).flatten(-2).to(x.dtype)
+    rounded: torch.Tensor = (codes * scale).flatten(-2).to(x.dtype).contiguous()
     return rounded
 
 

@@ -105,6 +105,13 @@ class Compiled:
         """One row a node: kernel, source and why it was chosen or refused."""
         return self.plan.kernels()
 
+    def build(self) -> None:
+        """Build the kernels of a decoder's prompts and steps now, so that the first call finds them built."""
+        if self.program.cache is not None and self.plan.target == "cpp":
+            session = Session(self.plan, 1, min(self.context, 4), self._decoded)
+            session.prefill([[0, 0]])
+            session.step(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 2))
+
     def profile(self, tokens: int = 1, context: int = 128) -> list[Timing]:
         """What each kernel of a decoder's step takes on this machine: calls, seconds, bytes, share of the bandwidth."""
         if self.program.cache is None or self.plan.target != "cpp":

@@ -86,7 +86,7 @@ def test_every_piece_is_done_exactly_once(ranks: int, flags: Callable[[int], dic
     [
         ("end = rank.base + count;", "end = count;"),
         ("rank.ticket < end;", "rank.ticket <= end;"),
-        ("rank.base = end;", "rank.base = end + 1;"),
+        ("each(rank.ticket - rank.base)", "each(rank.ticket - rank.base + 1)"),
     ],
 )
 def test_the_count_catches_wrong_tickets(right: str, wrong: str) -> None:

@@ -127,6 +127,7 @@ def _write(
         compiled.save(out)
     except OSError as fault:
         raise SmeltError(f"{out}: cannot be written ({fault.strerror}); nothing was left behind") from fault
+    compiled.build()
     return compiled
 
 

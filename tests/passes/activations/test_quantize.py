@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import fx
@@ -45,7 +43,8 @@ def test_every_product_reads_rounded_values(family: str) -> None:
         rounded = arguments(node)["x"]
         assert is_op(rounded, QUANTIZED)
         assert arguments(rounded) == {"x": read[node.name], "bits": 8, "group": 32}
-    assert len(list(program.calls(QUANTIZED))) == len(set(read.values())) < len(read)  # q, k and v share one
+    assert len(list(program.calls(QUANTIZED))) == len(set(read.values()))  # q, k and v share one
+    assert len(set(read.values())) < len(read) or family == "gpt2"  # which has one matrix for the three
     assert program.touched == {"activations"} and outcome.notes == {"bits_per_activation": 9.0}
 
 
@@ -103,14 +102,14 @@ def test_nothing_to_do_touches_nothing() -> None:
     assert program.touched == set() and not list(program.calls(QUANTIZED))
 
 
-def test_a_second_rounding_is_refused(tmp_path: Path) -> None:
+def test_a_second_rounding_is_refused() -> None:
     program = captured("llama")
     assert list(Quantize().requires(program)) == []
     Quantize().apply(program, None)
     (problem,) = Quantize().requires(program)
     assert problem.endswith("must not be rounded yet, but is")
-    steps = [Step("activations.quantize", {"group": 32}), Step("activations.quantize", {"group": 64})]
-    with pytest.raises(StepFailed, match=r"step 2.*must not be rounded yet, but is.*step 1"):
+    steps = [Step(name, "activations.quantize", Quantize(), {}) for name in ("once", "twice")]
+    with pytest.raises(StepFailed, match=r"twice.*must not be rounded yet, but is since"):
         run(captured("llama"), steps)
 
 
