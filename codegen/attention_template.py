@@ -135,14 +135,16 @@ struct Unit {  // what one unit of work reads and writes
   alignas(64) float q[QUERIES][R][DP];
   const uint64_t* seen[QUERIES];
   int64_t oldest;  // no query of the unit sees a position below it
+  bool chains;     // every query that is real sees all new tokens up to itself
   float *acc, *most, *total;
 
   Unit(const Buffers& at, const Call& call, int64_t b, int64_t g, int64_t t0, int64_t queries, float* state)
-      : at(at), call(call), b(b), g(g), t0(t0), queries(queries), oldest(INT64_MAX),
+      : at(at), call(call), b(b), g(g), t0(t0), queries(queries), oldest(INT64_MAX), chains(true),
         acc(state), most(state + QUERIES * R * EP), total(most + QUERIES * R) {
     for (int64_t t = 0; t < queries; t++) {
       seen[t] = call.visible + (b * call.tokens + t0 + t) * ((call.tokens + 63) / 64);
       if (position(t) - WINDOW + 1 < oldest) oldest = position(t) - WINDOW + 1;
+      if (real(t)) chains &= Seen(seen[t], (call.tokens + 63) / 64).count == t0 + t + 1;
       for (int64_t r = 0; r < R; r++) {
         const float* x = call.q + b * call.q_row + (g * R + r) * call.q_head + (t0 + t) * call.q_token;
         for (int64_t d = 0; d < D; d++) q[t][r][d] = x[d] * call.scale;
@@ -187,6 +189,21 @@ struct Unit {  // what one unit of work reads and writes
 
 $body_scan
 
+  // Every query sees the new tokens up to itself: a tile has the same rows for all, and each reads what it sees.
+  void chain(int64_t l, int64_t last) {
+    Rows rows;
+    const int64_t kept = counts()[2], start = counts()[3] - kept, most = kept + t0 + queries;
+    for (const int64_t end = most < last ? most : last; l < end; l += TILE) {
+      const int count = end - l < TILE ? end - l : TILE;
+      for (int i = 0; i < count; i++) rows.take(i, at.tail_k, at.tail_v, (b * G + g) * at.width + l + i);
+      rows.pad(count);
+      for (int64_t t = 0; t < queries; t++) {
+        const int64_t own = kept + t0 + t + 1 - l, sees = own < count ? own : count;
+        if (sees > 0 && real(t)) dense_tile(t, rows, sees, within(t, start + l, sees));
+      }
+    }
+  }
+
   void tail(int64_t first, int64_t last) {
     Rows rows;
     const int64_t kept = counts()[2], start = counts()[3] - kept, whole = kept / TILE * TILE;
@@ -196,6 +213,7 @@ $body_scan
       for (int64_t t = 0; t < queries; t++)
         if (real(t)) dense_tile(t, rows, TILE, within(t, start + l, TILE));
     }
+    if (chains) return chain(first > whole ? first : whole, last);
     for (int64_t t = 0; t < queries; t++) {  // from the first tile on that new tokens share, each query has its own
       if (!real(t)) continue;
       Seen sees(seen[t], (call.tokens + 63) / 64);

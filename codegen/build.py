@@ -13,14 +13,6 @@ from pathlib import Path
 from ..ir.errors import SmeltError
 from .compiler import Compiler, cpu, find, flags
 
-OPENMP = "-fopenmp"
-_PROBE = """\
-extern "C" void probe(float* y, long count, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (long i = 0; i < count; i++) y[i] = 1;
-}
-"""
-
 
 def cache() -> Path:
     """Where built kernels lie: $SMELT_CACHE, or ~/.cache/smelt."""
@@ -39,44 +31,15 @@ def threads() -> int:
 def build(source: str, name: str) -> ctypes.CDLL:
     """The library of a C++ source; `name` makes its folder readable. Compiles only what the cache does not hold.
 
-    Without OpenMP in the compiler (ziglang has none) the same source runs on one thread. Two processes may build the
-    same source at once: whole folders are moved into place, and the first one stays.
+    Two processes may build the same source at once: whole folders are moved into place, and the first one stays.
     Raises SmeltError with the compiler's first lines, or naming a damaged folder.
     """
-    compiler = find()
-    return _load(_build(compiler, (*flags(), OPENMP) if has_openmp(compiler) else flags(), source, name))
+    return _load(_build(find(), flags(), source, name))
 
 
 def source_of(library: ctypes.CDLL) -> str:
     """The C++ source that a library from `build` was compiled from."""
     return Path(library._name).with_name("kernel.cpp").read_text()
-
-
-def has_openmp(compiler: Compiler) -> bool:
-    """Whether the compiler's OpenMP code loads here: tried once, then read from the cache."""
-    digest = hashlib.sha256(f"{compiler}\0{cpu()}".encode()).hexdigest()[:16]
-    verdict = cache() / "compilers" / f"openmp-{digest}"
-    if not verdict.exists():
-        verdict.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=verdict.parent) as work:
-            answer = "yes" if _loads(compiler, (*flags(), OPENMP), Path(work) / "with") else "no"
-            if answer == "no" and not _loads(compiler, flags(), Path(work) / "without"):
-                return False  # the compiler fails altogether: no verdict, the kernel's own build says why
-            (Path(work) / "verdict").write_text(answer)
-            os.replace(Path(work) / "verdict", verdict)
-    return verdict.read_text() == "yes"
-
-
-def _loads(compiler: Compiler, options: tuple[str, ...], stem: Path) -> bool:
-    source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
-    source.write_text(_PROBE)
-    if compiler.run(source, library, options).returncode != 0:
-        return False
-    try:
-        ctypes.CDLL(str(library))
-    except OSError:  # zig links a library against no OpenMP runtime and only loading it tells
-        return False
-    return True
 
 
 def _build(compiler: Compiler, options: tuple[str, ...], source: str, name: str) -> Path:

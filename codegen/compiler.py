@@ -17,6 +17,7 @@ from ..ir.errors import SmeltError
 
 FLAGS = (
     "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC", "-std=c++17",
+    "-pthread",
 )  # fmt: skip
 REMEDY = "install a C++ compiler (apt install g++), or `pip install ziglang`, or compile with target='torch'"
 

@@ -85,10 +85,10 @@ def _float(expr: Expr) -> Expr:
 
 
 def span(expr: Expr) -> int | None:
-    """Columns over which as many loads as possible are constant (the group), None for the whole row.
+    """Columns over which as many loads as possible leave the loop (the group), None for the whole row.
 
     Candidates are the divisors of the column in the index arithmetic; the longest wins among those that leave the
-    fewest loads inside.
+    fewest loads inside. A byte that is read for several columns stays inside: its fields change.
     """
     divisors = {
         int(divisor)
@@ -106,4 +106,4 @@ def span(expr: Expr) -> int | None:
 
 
 def _inside(expr: Expr, symbols: Set[sympy.Symbol]) -> int:
-    return sum(bool(load.index.free_symbols & symbols) for load in loads(expr))
+    return sum(1 for _, factor in split(expr, symbols) if factor is not None for _ in loads(factor))

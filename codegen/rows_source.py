@@ -115,9 +115,11 @@ static inline float step_of(const float* x, int64_t g, float levels) {
     top = choose(v > top, v, top);
     top = choose(-v > top, -v, top);
   }
-  float most = 0;
-  for (int i = 0; i < 16; i++) most = top[i] > most ? top[i] : most;
-  return most / levels + sum(poison);
+  float tops[16];
+  memcpy(tops, &top, sizeof top);
+  for (int w = 8; w; w /= 2)
+    for (int i = 0; i < w; i++) tops[i] = tops[i] > tops[i + w] ? tops[i] : tops[i + w];
+  return tops[0] / levels + sum(poison);
 }
 static inline f32x16 in_steps(f32x16 x, float scale) {  // adding 1.5 * 2^23 rounds to an integer, ties to even
   return x / splat(scale == 0 ? 1.0f : scale) + 12582912.0f - 12582912.0f;
@@ -135,40 +137,58 @@ static void round_rows(Rank& rank, const int64_t* c) {
   });
 }
 
+static inline i8x16 low_bytes(i32x16 v) {
+#if defined(__AVX512F__)  // GCC 12 narrows lane by lane
+  return (i8x16)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+  return __builtin_convertvector(v, i8x16);
+#endif
+}
+
 // Codes of row r in groups of g, with a scale and the sum of codes each: scale = max|x| / 127, code = round(x / scale).
 // `wide` rows stand side by side: codes [M / wide, K / 4, wide, 4], scales and sums [M / wide, K / g, wide].
-static inline void quantize(const float* x, const int64_t* c, int64_t r) {
+// x holds columns `from` to `to` - 1, whole groups.
+static inline void quantize(const float* x, const int64_t* c, int64_t r, int64_t from, int64_t to) {
   const int64_t k = c[6], g = c[7], wide = c[8], first = r / wide * wide, seat = r % wide;
   int8_t* codes = (int8_t*)c[2] + first * k + 4 * seat;
-  float* scales = (float*)c[3] + first * (k / g) + seat;
-  int32_t* sums = (int32_t*)c[4] + first * (k / g) + seat;
-  for (int64_t at = 0; at < k; at += g, scales += wide, sums += wide) {
-    const float scale = step_of(x + at, g, 127.0f);
+  float* scales = (float*)c[3] + first * (k / g) + from / g * wide + seat;
+  int32_t* sums = (int32_t*)c[4] + first * (k / g) + from / g * wide + seat;
+  for (int64_t at = from; at < to; at += g, x += g, scales += wide, sums += wide) {
+    const float scale = step_of(x, g, 127.0f);
     i32x16 total = {};
-    for (int64_t i = at; i < at + g; i += 16) {
-      const int64_t left = at + g - i < 16 ? at + g - i : 16;
+    for (int64_t i = 0; i < g; i += 16) {
+      const int64_t left = g - i < 16 ? g - i : 16;
       const i32x16 q = __builtin_convertvector(in_steps(read(x + i, left), scale), i32x16);
-      const i8x16 narrow = __builtin_convertvector(q, i8x16);
+      const i8x16 narrow = low_bytes(q);
       total += q;
-      for (int64_t j = 0; j < left; j += 4) memcpy(codes + (i + j) * wide, (const int8_t*)&narrow + j, 4);
+      for (int64_t j = 0; j < left; j += 4) memcpy(codes + (at + i + j) * wide, (const int8_t*)&narrow + j, 4);
     }
-    int32_t count = 0;
-    for (int i = 0; i < 16; i++) count += total[i];
-    *scales = scale, *sums = count;
+    int32_t counts[16];
+    memcpy(counts, &total, sizeof total);
+    for (int w = 8; w; w /= 2)
+      for (int i = 0; i < w; i++) counts[i] += counts[i + w];
+    *scales = scale, *sums = counts[0];
   }
 }
 
-// x, codes, scales, sums, m, k, group, wide
+// x, codes, scales, sums, m, k, group, wide. Rows that stand side by side share cache lines, and are one rank's.
 static void quantize_rows(Rank& rank, const int64_t* c) {
-  share(rank, c[5], [&](int64_t r) { quantize((const float*)c[1] + r * c[6], c, r); });
+  const int64_t k = c[6], piece = (512 + c[7] - 1) / c[7] * c[7], pieces = (k + piece - 1) / piece;
+  share(rank, (c[5] + c[8] - 1) / c[8] * pieces, [&](int64_t unit) {
+    const int64_t block = unit / pieces, from = unit % pieces * piece, to = from + piece < k ? from + piece : k;
+    for (int64_t r = block * c[8]; r < (block + 1) * c[8] && r < c[5]; r++)
+      quantize((const float*)c[1] + r * k + from, c, r, from, to);
+  });
 }
 
 // x, codes, scales, sums, m, k, group, wide, w, eps, offset, y: the codes of the normalized rows, which go by y
 static void rms_norm_quantize(Rank& rank, const int64_t* c) {
-  share(rank, c[5], [&](int64_t r) {
-    float* y = (float*)c[12] + r * c[6];
-    normalize((const float*)c[1] + r * c[6], (const float*)c[9], y, c[6], real(c[10]), real(c[11]));
-    quantize(y, c, r);
+  share(rank, (c[5] + c[8] - 1) / c[8], [&](int64_t block) {
+    for (int64_t r = block * c[8]; r < (block + 1) * c[8] && r < c[5]; r++) {
+      float* y = (float*)c[12] + r * c[6];
+      normalize((const float*)c[1] + r * c[6], (const float*)c[9], y, c[6], real(c[10]), real(c[11]));
+      quantize(y, c, r, 0, c[6]);
+    }
   });
 }
 

@@ -104,8 +104,8 @@ class Unit:
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = list(calls)
         self.source = source([call.function for call in calls])
-        for each, word_of_flags in zip(calls, _flags(calls), strict=True):
-            each.words[0] = word_of_flags
+        for each, mark in zip(calls, _flags(calls), strict=True):
+            each.words[0] = mark
         library = _library(self.source, find(), flags())
         self._step, self._timed = library.step, library.timed
         self._pointers = (ctypes.c_void_p * len(calls))(*(ctypes.addressof(c.words) for c in calls))

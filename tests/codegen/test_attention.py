@@ -108,6 +108,8 @@ MUTANTS = {
     "a chunk without its factor": ("kivi", "total += part * factor;", "total += part;"),
     "wrong head": ("dense", "slot * R + h % R", "slot * R + (h + 1) % R"),
     "no new tokens": ("dense", "kept + sees.count < last ? kept + sees.count : last", "kept < last ? kept : last"),
+    "a chain without its end": ("dense", "own = kept + t0 + t + 1 - l", "own = kept + t0 + t - l"),
+    "every tree a chain": ("dense", "chains &= ", "chains |= "),
 }
 
 
@@ -116,11 +118,13 @@ def test_the_comparison_catches_a_wrong_kernel(name, right, wrong):
     site = SITES[name]
     cache = prompted(site, [132, 708])
     q, keys, values = fresh(site, 2, 3, 1)
-    cache.begin(after(cache, 3))
-    cache.append(0, keys, values)
     with mutant(right, wrong):
-        error = (attend(cache, q) - cache.attend(0, q, 0.125, site.window)).abs().max()
-    assert error > 100 * TOLERANCE
+        errors = []
+        for seen in (chain([0, 0, 1]), chain([0, 0, 0])):  # one after the other, and two behind the first
+            cache.begin(torch.tensor(cache.lengths)[:, None] + seen.sum(1) - 1, ancestors=seen)
+            cache.append(0, keys, values)
+            errors.append((attend(cache, q) - cache.attend(0, q, 0.125, site.window)).abs().max())
+    assert max(errors) > 100 * TOLERANCE
 
 
 def chain(parents: list[int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smelt.codegen.build import build, cache, has_openmp, source_of, threads
+from smelt.codegen.build import build, cache, source_of, threads
 from smelt.codegen.compiler import find
 from smelt.ir.errors import SmeltError
 
@@ -100,37 +100,11 @@ def test_a_wrong_cxx_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         build(SOURCE, "kernel")
 
 
-def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapper = tmp_path / "cxx"
-    real = " ".join(find().command)
-    wrapper.write_text(
-        f'#!/bin/sh\ncase "$*" in *-fopenmp*) echo "no OpenMP here" >&2; exit 1;; esac\nexec {real} "$@"\n'
-    )
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("CXX", str(wrapper))
-    assert not has_openmp(find())
-    threads_of = '#ifdef _OPENMP\n#error "OpenMP"\n#endif\n'
-    assert build(threads_of + SOURCE, "kernel").answer() == 42
-
-
-def test_a_broken_compiler_leaves_no_verdict_on_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapper = tmp_path / "cxx"
-    wrapper.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "disk is full" >&2; exit 1\n'
-    )
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("CXX", str(wrapper))
-    with pytest.raises(SmeltError, match="disk is full"):
-        build(SOURCE, "kernel")
-    assert not list((cache() / "compilers").glob("openmp-*"))
-
-
 def _build_and_call(start: float) -> int:
     return int(build(SOURCE.replace("42", "11"), "raced").answer())
 
 
 def test_two_processes_may_build_one_kernel() -> None:
-    has_openmp(find())
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_build_and_call, [0.0] * 4, chunksize=1) == [11] * 4
     assert len(list((cache() / "kernels").glob("raced-*"))) == 1

@@ -29,6 +29,14 @@ def test_the_span_is_the_group(encoding: Encoding, expected: int | None) -> None
     assert span(encoding.expr((None, K))) == expected
 
 
+def test_a_byte_of_several_columns_is_no_group() -> None:
+    byte = Cast("int32", Load("codes", n * (K // 4) + k // 4, "uint8"))
+    code = Bin("and", Bin("shr", byte, Index(2 * sympy.Mod(k, 4))), Const(3, "int32"))
+    assert span(Cast("float32", code)) is None
+    scaled = Bin("mul", Cast("float32", code), Load("scale", n * (K // 32) + k // 32, "float32"))
+    assert span(scaled) == 32
+
+
 def inner_terms(encoding: Encoding, length: int) -> list[Term]:
     placed = folded(substitute(encoding.expr((None, K)), {k: length * c + i}), {i: (0, length - 1)})
     return split(placed, {i})

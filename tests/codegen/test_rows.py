@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from smelt.codegen.rows import RowKernel, row_kernel, row_stride
 from smelt.ir.errors import SmeltError
-from smelt.ir.ops import ATTENTION, GATED, LAYER_NORM, OPS, RMS_NORM, ROTARY
+from smelt.ir.ops import ATTENTION, GATED, LAYER_NORM, OPS, QUANTIZED, RMS_NORM, ROTARY
 
 from .mutants import mutant
 
@@ -77,6 +77,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rms_norm": (RMS_NORM.target, norm_args(RMS_NORM.target, 63, 129)),
     "layer_norm": (LAYER_NORM.target, norm_args(LAYER_NORM.target, 63, 129)),
     "rotary": (ROTARY.target, rotary_args(tokens=63)),
+    "quantized": (QUANTIZED.target, {"x": random(63, 129), "bits": 8, "group": 43}),
     **{f"gated {act}": (GATED.target, gated_args(act, 63, 129)) for act in ("silu", "gelu", "gelu_tanh", "relu")},
     **{
         name: (target, {"self": random(63, 258)[:, :129] * 3} | more) for name, (target, more, _) in ACTIVATIONS.items()
@@ -103,6 +104,13 @@ def test_norms_of_one_value_and_without_bias_or_offset() -> None:
         assert off(run(RMS_NORM.target, x, **plain), RMS_NORM.target, **plain) < TOLERANCE
         centred = {"x": x, "weight": weight, "bias": None, "eps": 1e-6}
         assert off(run(LAYER_NORM.target, x, **centred), LAYER_NORM.target, **centred) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_equals_the_reference_to_the_bit(bits: int) -> None:
+    for rows, (width, group) in product(ROWS, [(1, 1), (15, 5), (64, 32), (129, 0), (256, 64)]):
+        args = {"x": random(rows, width), "bits": bits, "group": group}
+        assert torch.equal(run(QUANTIZED.target, args["x"], **args), QUANTIZED.reference(**args)), (rows, width)
 
 
 @pytest.mark.parametrize("transposed", [True, False])
@@ -197,6 +205,8 @@ MUTANTS = {
     "the tail left out of the variance": ("layer_norm", "j = k - i; j < 16", "j = 0; j < 16"),
     "rotated the other way": ("rotary", "fma(u, c, -(v * s))", "fma(u, c, v * s)"),
     "the rest not passed": ("rotary", "i = 2 * r; i < dim", "i = 2 * r + 1; i < dim"),
+    "rounded to other steps": ("quantized", "g, real(c[6]))", "g, real(c[6]) + 1)"),
+    "a step too long": ("quantized", "scale) * scale", "scale) * scale * 1.05f"),
     "gate and up swapped": (
         "gated silu",
         "const float *gate = (const float*)c[1] + r * c[6], *up",
