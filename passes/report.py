@@ -73,7 +73,6 @@ class StepReport:
         lines += [f"left alone: {line}" for line in reasons(self.skipped)]
         return lines + [f"{name}: {value}" for name, value in self.notes.items()]
 
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StepReport:
         """Inverse of `to_dict`; what was not a number and became null is NaN again."""

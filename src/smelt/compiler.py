@@ -56,12 +56,13 @@ def compile(
     Raises SmeltError for anything wrong with what was given.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, catalogue(), overrides)
-    assets = model_assets(tokenizer if tokenizer is not None else model)
-    key = kept.key(model, resolved.digest(), assets, calibration)
+    words = tokenizer if tokenizer is not None else model
+    key = kept.key(resolved.digest(), (model, words), calibration)
     if key is not None and (found := kept.find(key)) is not None:
-        return Compiled(found.program, found.facts, assets, target, fallback, found.report)
+        return Compiled(found.program, found.facts, model_assets(words), target, fallback, found.report)
     program = capture(model, example)
     derive(program)
+    assets = model_assets(words)
     if assets.folder is not None and program.facts.get("kind") == "decoder":
         # what generation_config.json or the tokenizer names goes before the model's own configuration
         program.facts["eos"] = list(Tokenizer(assets.folder).eos) or program.facts.get("eos") or []

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from .assets import Assets
 from .codegen.build import cache
 from .ir.errors import SmeltError
 from .ir.program import Program
@@ -47,17 +46,16 @@ def room() -> int:
         raise SmeltError(f"SMELT_KEEP is '{asked}'; give gigabytes of disk, such as 8, or 0 to keep nothing") from fault
 
 
-def key(model: Any, recipe: str, assets: Assets, calibration: Any) -> str | None:
-    """The name of a compile's entry, or None where its inputs are not files and values that can be hashed."""
-    if room() <= 0 or not isinstance(model, str | Path) or not Path(model).is_dir():
+def key(recipe: str, sources: Sequence[Any], calibration: Any) -> str | None:
+    """The name of a compile's entry, or None where `sources`, of model and tokenizer, are not folders to be hashed."""
+    if room() <= 0 or not all(isinstance(source, str | Path) and Path(source).is_dir() for source in sources):
         return None
     digest = hashlib.sha256()
     for piece in (_code(), recipe, *_calibration(calibration)):
         digest.update(piece.encode() + b"\0")
-    for name, content in sorted(assets.files.items()):
-        digest.update(name.encode() + hashlib.sha256(content).digest())
-    for path in sorted(path for path in Path(model).iterdir() if path.is_file()):
-        digest.update(path.name.encode() + _file(path))
+    for folder in dict.fromkeys(map(Path, sources)):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            digest.update(path.name.encode() + _file(path))
     return digest.hexdigest()[:32]
 
 

@@ -99,7 +99,7 @@ def test_bisect_names_the_step_and_its_sites(recipe: Path) -> None:
 
 
 def test_debug_levels_add_up(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    marks = {1: "weights.quantize: done", 2: "rewrote", 3: "attention over segments", 4: 'extern "C"', 5: "graph {"}
+    marks = {1: "weights.quantize: done", 2: "rewrote", 3: "attention over segments", 4: "static void", 5: "graph {"}
     for level in (0, 2, 3, 5):
         monkeypatch.setenv("SMELT_DEBUG", str(level))
         result = smelt_("compile", tiny.model(), recipe, "-o", tmp_path / "out")

@@ -67,7 +67,11 @@ def exact(held: list[torch.Tensor], runs: int) -> bool:
     return all((x[:n] == runs).all() and not x[n:].any() for x, n in zip(held, COUNTS, strict=True))
 
 
-@pytest.mark.parametrize("flags", [lambda n: {}, lambda n: {"work": n}, lambda n: {"work": n * 100}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [lambda n: {}, lambda n: {"work": n}, lambda n: {"work": n * 100}],
+    ids=["unknown", "small", "large"],
+)
 def test_every_piece_is_done_exactly_once(ranks: int, flags: Callable[[int], dict[str, Any]]) -> None:
     """Over many runs, in which calls of all ranks and of one alone follow one another; and after the ranks slept."""
     made, held = counters(flags)
