@@ -8,7 +8,7 @@ of steps and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -116,24 +116,30 @@ class Decoding:
                 )
 
     def _step(self) -> Iterator[tuple[int, list[int]]]:
+        # the reference target computes on torch's own threads; generated kernels have theirs
+        with _one_thread() if self.session.plan.target == "cpp" else nullcontext():
+            fresh = self._verified()
+        self.counts.steps += 1
+        self.counts.tokens += sum(map(len, fresh))
+        for number, tokens in enumerate(fresh):
+            if tokens:
+                yield number, self._emit(number, tokens)
+
+    def _verified(self) -> list[list[int]]:
+        """Draft, evaluate, walk and commit; returns the tokens that each row got."""
         drafts = torch.stack([self._draft(number) for number in range(len(self.rows))])  # [B, N]
         running = torch.tensor([not row.done for row in self.rows])
         positions = torch.tensor(self.session.cache.lengths)[:, None] + self._depths
         valid = running[:, None] & (positions < self.session.cache.capacity)
         outputs = self.session.step(drafts, positions * valid, valid, self._ancestors)
         logits = outputs["logits"]
-        with _one_thread():
-            paths, fresh = self._walk(drafts, positions, logits)
+        paths, fresh = self._walk(drafts, positions, logits)
         for number, path in enumerate(paths):
             if self.drafter is not None and path:
                 self.drafter.harvest(number, drafts[number][valid[number]], logits[number][valid[number]])
                 self.drafter.observe(number, path[-1], outputs)
         self.session.cache.commit(paths)
-        self.counts.steps += 1
-        self.counts.tokens += sum(map(len, fresh))
-        for number, tokens in enumerate(fresh):
-            if tokens:
-                yield number, self._emit(number, tokens)
+        return fresh
 
     def _draft(self, number: int) -> torch.Tensor:
         """The tree's tokens of one row, [N]; whatever fits where they are not looked at."""
