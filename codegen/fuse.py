@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import networkx as nx
 import sympy
-import torch
 from torch import fx
 
 from ..ir.ops import HEAD, LINEAR, QUANTIZED, RMS_NORM, arguments, is_op
@@ -138,11 +137,6 @@ def fuse(
     return sorted(regions, key=lambda region: order[region.at])
 
 
-def dump(regions: list[Region]) -> str:
-    """Which nodes became which kernel, a line a region."""
-    return "\n".join(map(str, regions))
-
-
 def _quantizers(search: _Search) -> Iterator[Region]:
     """Activations that only integer products read leave as codes; a norm before them joins."""
     for node in search.graph.nodes:
@@ -244,8 +238,3 @@ def _check_convex(graph: fx.Graph, regions: list[Region]) -> None:
     if not nx.is_directed_acyclic_graph(fused):
         cycle = nx.find_cycle(fused)
         raise AssertionError(f"a fused region reads what depends on it: {cycle}")
-
-
-def float32(node: fx.Node) -> bool:
-    """Whether a node's values are float32 as far as was derived."""
-    return node.meta.get("dtype", torch.float32) is torch.float32

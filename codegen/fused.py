@@ -138,7 +138,7 @@ class ProductKernel:
             units += count
             for node in chain.products:
                 for part in self._packed[node]:
-                    words += [part, part.shape[1] if part.dim() == 4 or part.dim() == 3 else 0]
+                    words += [part, part.shape[1] if part.dim() == 3 else 0]
                     nbytes += part.numel() * part.element_size()
             for node, by_row in operands:
                 words += [value(node), n if by_row else 0]

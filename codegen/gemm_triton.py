@@ -14,8 +14,11 @@ from .autotune_triton import Tile, fastest, form, key, space
 from .gemm_triton_template import KERNEL, SQUARE
 from .hoist import Term
 from .printers import triton as printer
-from .product_triton import ONE, POINTERS, Product, column_mask, finish, lines, terms, walk, whole
+from .product_triton import ONE, Product, arguments, column_mask, finish, lines, terms, walk, whole
 from .triton_module import load
+
+SIZES = ("M", "N", "K", "x_row", "y_row")
+SIDES = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "GROUP", "SPLITS")
 
 
 def source(product: Product | Encoding) -> str:
@@ -44,16 +47,7 @@ def source(product: Product | Encoding) -> str:
 def signature(product: Product, dtype: str = "float32", bias: bool = False, residual: bool = False,
               splits: int = 1) -> dict[str, str]:  # fmt: skip
     """Triton's type of every argument of the kernel, for compiling ahead of time; `dtype` is that of x and y."""
-    there = {True: POINTERS[dtype], False: "constexpr"}
-    return {
-        **{part: POINTERS[stored] for part, stored in product.parts.items()},
-        "x": POINTERS[dtype], "y": POINTERS[dtype],
-        **({"gain": POINTERS[dtype], "eps": "fp32", "offset": "fp32"} if product.norm else {}),
-        "bias": there[bias], "residual": there[residual],
-        "work": "*fp32" if splits > 1 else "constexpr", "arrived": "*i32" if splits > 1 else "constexpr",
-        **dict.fromkeys(("M", "N", "K", "x_row", "y_row"), "i32"),
-        **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_C", "GROUP", "SPLITS"), "constexpr"),
-    }  # fmt: skip
+    return arguments(product, dtype, bias, residual, splits, SIZES, SIDES)
 
 
 def constants(product: Product, tile: Tile) -> dict[str, int]:

@@ -16,11 +16,13 @@ from ..ir.errors import SmeltError
 from .autotune_triton import Tile
 from .hoist import Term
 from .printers import triton as printer
-from .product_triton import ONE, POINTERS, Product, column_mask, finish, lines, terms, walk, whole
+from .product_triton import ONE, Product, arguments, column_mask, finish, lines, terms, walk, whole
 from .triton_module import load
 
 PIECE = 32  # packed columns; triton 3.9 brings longer pieces of x to the threads by way of shared memory and barriers
 ROWS = 4  # most rows of x: each takes a float32 sum an output and its own columns of x in registers
+SIZES = ("N", "K", "x_row", "y_row")
+SIDES = ("BLOCK_N", "BLOCK_C", "SPLITS", "STAGES", "UNROLL")
 
 
 def source(product: Product | Encoding, rows: int = 1) -> str:
@@ -51,16 +53,7 @@ def source(product: Product | Encoding, rows: int = 1) -> str:
 def signature(product: Product, dtype: str = "float32", bias: bool = False, residual: bool = False,
               splits: int = 1) -> dict[str, str]:  # fmt: skip
     """Triton's type of every argument of the kernel, for compiling ahead of time; `dtype` is that of x and y."""
-    there = {True: POINTERS[dtype], False: "constexpr"}
-    return {
-        **{part: POINTERS[stored] for part, stored in product.parts.items()},
-        "x": POINTERS[dtype], "y": POINTERS[dtype],
-        **({"gain": POINTERS[dtype], "eps": "fp32", "offset": "fp32"} if product.norm else {}),
-        "bias": there[bias], "residual": there[residual],
-        "work": "*fp32" if splits > 1 else "constexpr", "arrived": "*i32" if splits > 1 else "constexpr",
-        **dict.fromkeys(("N", "K", "x_row", "y_row"), "i32"),
-        **dict.fromkeys(("BLOCK_N", "BLOCK_C", "SPLITS", "STAGES", "UNROLL"), "constexpr"),
-    }  # fmt: skip
+    return arguments(product, dtype, bias, residual, splits, SIZES, SIDES)
 
 
 def constants(product: Product, tile: Tile, rows: int = 1) -> dict[str, int]:

@@ -45,16 +45,6 @@ class Attention(Kernel, Protocol):
         ...
 
 
-class Fused(Protocol):
-    """The kernel of a fused region."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def source(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Choice:
     """The kernel of one node and the reason; `fallback`: the target has no fast kernel for what the node stores."""

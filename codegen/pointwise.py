@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,9 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, int | float | str) and not isinstance(value, bool)
+    if isinstance(value, int | float):
+        return not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, str)
 
 
 def statements(nodes: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> tuple[list[str], str]:

@@ -175,6 +175,22 @@ def _distinct(exprs: Sequence[Expr], walk: Columns) -> int:
     return sum(k in load.index.free_symbols for _, load in placed)
 
 
+def arguments(
+    product: Product, dtype: str, bias: bool, residual: bool, splits: int, sizes: Sequence[str], sides: Sequence[str]
+) -> dict[str, str]:
+    """Triton's type of every argument of a product's kernel: `sizes` are integers, `sides` known when it compiles."""
+    there = {True: POINTERS[dtype], False: "constexpr"}
+    return {
+        **{part: POINTERS[stored] for part, stored in product.parts.items()},
+        "x": POINTERS[dtype], "y": POINTERS[dtype],
+        **({"gain": POINTERS[dtype], "eps": "fp32", "offset": "fp32"} if product.norm else {}),
+        "bias": there[bias], "residual": there[residual],
+        "work": "*fp32" if splits > 1 else "constexpr", "arrived": "*i32" if splits > 1 else "constexpr",
+        **dict.fromkeys(sizes, "i32"),
+        **dict.fromkeys(sides, "constexpr"),
+    }  # fmt: skip
+
+
 def walk(columns: Columns) -> Iterator[str]:
     """Lines that set k (and the group that it lies in) for step `step`, and the column of each field."""
     if columns.packed:

@@ -293,7 +293,6 @@ def test_the_distance_sees_one_dropped_row(piece: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_a_section_runs_on_a_gpu(tmp_path: Path) -> None:
     done = run("--sections", "rows", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

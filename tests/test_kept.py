@@ -60,6 +60,16 @@ def test_another_model_recipe_or_calibration_is_compiled(model: Path, captures: 
     assert len(captures) == 5
 
 
+def test_a_part_of_a_recipe_and_a_watched_compile_run_their_steps(model: Path, captures: list[Path]) -> None:
+    whole = smelt.compile(model, "finequant")
+    part = smelt.compile(model, "finequant", stop_after="weights.quantize")
+    assert len(captures) == 2 and part.program.cache is None and whole.program.cache is not None
+    events: list[object] = []
+    smelt.compile(model, "finequant", listen=events.append, anew=True)
+    assert len(captures) == 3 and events
+    assert smelt.compile(model, "finequant").program.cache is not None and len(captures) == 3  # a part is not kept
+
+
 def test_a_damaged_entry_is_compiled_anew(model: Path, captures: list[Path], tmp_path: Path) -> None:
     smelt.compile(model, "none")
     (entry,) = (tmp_path / "cache" / "programs").iterdir()

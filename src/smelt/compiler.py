@@ -43,6 +43,7 @@ def compile(
     fallback: bool = True,
     listen: Callable[[Event], None] | None = None,
     stop_after: str | None = None,
+    anew: bool = False,
 ) -> Compiled:
     """Compile `model` by `recipe`.
 
@@ -52,13 +53,15 @@ def compile(
     tokenizer: the folder of the tokenizer, where the model is not one.
     target: `cpp` for generated kernels, `torch` for the reference; `fallback=False` refuses what has no fast kernel.
     listen: is told when a step starts, goes on and ends. stop_after: the name of the last step to run.
-    What was compiled before from the same files is read back and no step runs; `SMELT_KEEP=0` compiles anew.
+    anew: run every step, for who listens to them. Otherwise what was compiled before from the same files is read back
+    and no step runs; `SMELT_KEEP=0` keeps nothing.
     Raises SmeltError for anything wrong with what was given.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, catalogue(), overrides)
     words = tokenizer if tokenizer is not None else model
-    key = kept.key(resolved.digest(), (model, words), calibration)
-    if key is not None and (found := kept.find(key)) is not None:
+    whole = stop_after is None and example is None  # what is kept are whole recipes on files alone
+    key = kept.key(resolved.digest(), (model, words), calibration) if whole else None
+    if key is not None and not anew and (found := kept.find(key)) is not None:
         return Compiled(found.program, found.facts, model_assets(words), target, fallback, found.report)
     program = capture(model, example)
     derive(program)
@@ -71,7 +74,7 @@ def compile(
     facts = {"recipe": resolved.to_dict(), "recipe_digest": resolved.digest()}
     if samples is not None:
         facts["calibration"] = tensor_digest(samples.tokens)
-    if key is not None and stop_after is None:
+    if key is not None:
         kept.keep(key, result.program, facts, result.report)
     return Compiled(result.program, facts, assets, target, fallback, result.report)
 

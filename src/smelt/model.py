@@ -240,7 +240,7 @@ class Compiled:
     def _session(self, batch: int, need: int) -> Session:
         """The last finished call's session, if it fits; binding a plan anew takes as long as some tokens."""
         idle, self._idle = self._idle, None
-        if idle is not None and idle.cache.batch == batch and idle.cache.capacity >= need:
+        if idle is not None and idle.plan is self.plan and idle.cache.batch == batch and idle.cache.capacity >= need:
             idle.cache.restart()
             return idle
         return Session(self.plan, batch, min(self.context, -(-need // ROUND) * ROUND), self._decoded)

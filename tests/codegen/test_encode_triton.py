@@ -106,7 +106,6 @@ def test_compiles_without_a_spill(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("encoding", "shape"), ON_GPU.values(), ids=ON_GPU)
 def test_encodes_as_the_reference_does_on_a_gpu(encoding: Affine, shape: tuple[int, int]) -> None:
     assert wrong(encoding, shape, "cuda") == 0

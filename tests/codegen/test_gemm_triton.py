@@ -104,7 +104,6 @@ def test_compiles_without_a_spill(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("product", "n", "k"), CASES.values(), ids=CASES)
 def test_equals_the_reference_on_a_gpu(product: Product, n: int, k: int, dtype: torch.dtype) -> None:
@@ -114,7 +113,6 @@ def test_equals_the_reference_on_a_gpu(product: Product, n: int, k: int, dtype: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("m", [1, 32, 200])
 def test_a_tuned_product_is_right_on_a_gpu(m: int) -> None:
     kernels = TritonProduct(GATED, tune=True)

@@ -150,7 +150,6 @@ def test_more_rows_are_left_to_the_gemm() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("product", "n", "k"), CASES.values(), ids=CASES)
 def test_equals_the_reference_on_a_gpu(product: Product, n: int, k: int, dtype: torch.dtype) -> None:

@@ -171,7 +171,6 @@ def test_rotary_compiles_without_local_memory(capability: int, tmp_path: Path, m
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_both_equal_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
     for m, k in ((1, 1), (3, 63), (129, 4096), (2, 16384)):

@@ -73,7 +73,7 @@ def compile_(
         else:
             compiled = _write(
                 out, model, resolved, calibration, stop_after, target, no_fallback,
-                _listener(line.tell, print_after or [], graphs), keep_failed,
+                _listener(line.tell, print_after or [], graphs), keep_failed, bool(print_after or debug.level()),
             )  # fmt: skip
     if out is None or bisect:
         _tell_bisection(found, json)
@@ -111,8 +111,9 @@ def _write(
     no_fallback: bool,
     listen: Callable[[Event], None],
     keep_failed: bool,
+    anew: bool,
 ) -> Compiled:
-    """Compile and save."""
+    """Compile and save; `anew`: steps are to be seen, so that they must run."""
     from .. import debug
     from ..compiler import compile as compile_model
     from ..ir.errors import SmeltError
@@ -120,7 +121,7 @@ def _write(
     with _last_graph(Path(f"{out}.failed.txt") if keep_failed else None):
         compiled = compile_model(
             model, recipe, calibration=calibration, target=target, fallback=not no_fallback,  # type: ignore[arg-type]
-            listen=listen, stop_after=stop_after,
+            listen=listen, stop_after=stop_after, anew=anew,
         )  # fmt: skip
     debug.tell_kernels(compiled.plan)
     try:
