@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from ..ir.ops import RMS_NORM, arguments
+from ..ir.ops import HEAD, RMS_NORM, arguments, is_op
 from ..ir.weight import Weight
 from . import interleave, loops, product
 from .arena import Arena
@@ -98,8 +98,14 @@ class ProductKernel:
         value = value or names[chain.products[-1]]
         encoding = self._weight(chain.products[0]).encoding
         by_row = tuple(rows for _, rows in operands)
-        spec = product.Spec(encoding, len(chain.products), self.region.width, (*lines, *more), value, by_row)
+        lines += more
+        spec = product.Spec(encoding, len(chain.products), self.region.width, tuple(lines), value, by_row, self.head)
         return spec, operands
+
+    @property
+    def head(self) -> bool:
+        """Whether the results are logits and nothing else."""
+        return len(self.region.chains) == 1 and all(is_op(p, HEAD) for p in self.region.chains[0].products)
 
     def _weight(self, node: fx.Node) -> Weight:
         return self.weights[str(arguments(node)["weight"].target)]
@@ -142,10 +148,8 @@ class ProductKernel:
                     nbytes += part.numel() * part.element_size()
             for node, by_row in operands:
                 words += [value(node), n if by_row else 0]
-        made = call(
-            self._function, rows, k, *quantities, tiles, units, *words, writes=list(outs.values()), nbytes=nbytes
-        )
-        return made
+        fixed = (rows, k, *quantities, tiles, units, 0)
+        return call(self._function, *fixed, *words, writes=list(outs.values()), nbytes=nbytes)
 
     def _rows(self, node: fx.Node) -> int:
         return self._weight(node).shape[0]

@@ -11,12 +11,12 @@ import torch
 
 from ..ir.encoding import Encoding
 from ..ir.errors import SmeltError
-from . import interleave, loops, product
+from . import choose, interleave, loops, product
 from .memo import remembered
 from .product import Spec
 from .unit import Call, Unit, call
 
-_ROWS, _X, _OUT, _BIAS = 1, 3, 10, -2  # words that a call sets
+_ROWS, _X, _OUT, _BIAS = 1, 3, choose.OUT, -2  # words that a call sets
 
 
 def covers(encoding: Encoding, shape: tuple[int, ...], width: int | None = None) -> str | None:
@@ -131,7 +131,7 @@ class Bound:
     def _made(self, bias: bool) -> tuple[Call, Unit]:
         if bias not in self._calls:
             tiles = -(-self._n // interleave.ROWS)
-            words = [1, self._k, None, None, None, 1, tiles, tiles, self._n, None, self._n]
+            words = [1, self._k, None, None, None, 1, tiles, 0, tiles, self._n, None, self._n]
             for part in self._packed.values():
                 words += [part, part.shape[1] if part.dim() > 2 else 0]  # type: ignore[list-item]
             words += [None, 0] if bias else []

@@ -32,7 +32,7 @@ def remembered(question: str, encoding: Encoding, answer: Callable[[], str]) -> 
     return text
 
 
-_ANSWERING = ("hoist", "interleave", "loops", "product", "ranges", "printers/cpp", "printers/index")
+_ANSWERING = ("choose", "hoist", "interleave", "loops", "product", "ranges", "printers/cpp", "printers/index")
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import sympy
 from ..ir.encoding import Encoding
 from ..ir.encoding.expr import Bin, Cast, Const, Expr, k, loads, stored, substitute
 from ..ir.errors import SmeltError
-from . import interleave
+from . import choose, interleave
 from .hoist import folded
 from .interleave import lane
 from .loops import LANES, Inner, K, column, floats, integers
@@ -41,6 +41,7 @@ class Spec:
 
     `width`: columns of a group of 8-bit activations, None for float32. `lines`: C++ over the sums `v0` (and `v1`) and
     the operands `o0`, `o1`, … behind which `value` is the result; `operands`: whether each has a row for each of x's.
+    `head`: the results are logits, from which a token may be chosen at once (see `choose`).
     """
 
     encoding: Encoding
@@ -49,6 +50,7 @@ class Spec:
     lines: tuple[str, ...] = ()
     value: str = "v0"
     operands: tuple[bool, ...] = ()
+    head: bool = False
 
     @property
     def inner(self) -> Inner:
@@ -68,10 +70,12 @@ def parts(encoding: Encoding) -> dict[str, str]:
 def function(spec: Spec, label: str) -> Function:
     """The kernel of a spec.
 
-    Words: M, K, x, its scales, its sums, tiles of a unit, units; then for each product of the call: units, N, out, row
-    length of out, its parts with the units of their rows, and its operands with their row lengths.
+    Words: M, K, x, its scales, its sums, tiles of a unit, units, the `Choice` of a head; then for each product of the
+    call: units, N, out (null: nobody reads it), row length of out, its parts with the units of their rows, and its
+    operands with their row lengths.
     """
-    return Function.of(label, remembered(str(spec), spec.encoding, lambda: source(spec)), (MATH,))
+    text = remembered(str(spec), spec.encoding, lambda: source(spec))
+    return Function.of(label, text, choose.NEEDS if spec.head else (MATH,))
 
 
 def source(spec: Spec) -> str:
@@ -103,8 +107,15 @@ def source(spec: Spec) -> str:
         wide=BLOCK,
         body=body,
         epilogue="\n    ".join(lines),
-        value=spec.value,
+        result=_CHOSEN.format(value=spec.value) if spec.head else _WRITTEN.format(value=spec.value),
     )
+
+
+_WRITTEN = "write((float*)w[2] + (m + b) * w[3] + 16 * tile, {value}, left);"
+_CHOSEN = """\
+const f32x16 logits = {value};
+    if (w[2]) write((float*)w[2] + (m + b) * w[3] + 16 * tile, logits, left);
+    if (c[8] && ((const Choice*)c[8])->on) consider((const Choice*)c[8], rank, m + b, 16 * tile, logits, left);"""
 
 
 def _integers(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
@@ -265,30 +276,31 @@ constexpr int MANY = {many} / 2, WIDE = {wide};
 #endif
 
 // rows m to m + B - 1 of x times the sixteen rows of a tile
-template <int B, int W> static void block(const int64_t* c, const int64_t* w, int64_t tile, int64_t m) {{
+template <int B, int W> static void block(const int64_t* c, const int64_t* w, int64_t rank, int64_t tile, int64_t m) {{
   const int64_t K = c[2], left = w[1] - 16 * tile;
   {declared}
 {body}
   for (int b = 0; b < B; b++) {{
     {epilogue}
-    write((float*)w[2] + (m + b) * w[3] + 16 * tile, {value}, left);
+    {result}
   }}
 }}
-template <int B> static inline int64_t blocks(const int64_t* c, const int64_t* w, int64_t tile, int64_t m) {{
-  for (; m + B <= c[1]; m += B) block<B, WIDE>(c, w, tile, m);
-  if constexpr (B > 1) m = blocks<B / 2>(c, w, tile, m);
+template <int B>
+static inline int64_t blocks(const int64_t* c, const int64_t* w, int64_t rank, int64_t tile, int64_t m) {{
+  for (; m + B <= c[1]; m += B) block<B, WIDE>(c, w, rank, tile, m);
+  if constexpr (B > 1) m = blocks<B / 2>(c, w, rank, tile, m);
   return m;
 }}
 }}  // namespace $name_of
 
 static void $name(Rank& rank, const int64_t* c) {{
   share(rank, c[7], [&](int64_t unit) {{
-    const int64_t* w = c + 8;
+    const int64_t* w = c + 9;
     for (; unit >= w[0]; w += {words}) unit -= w[0];
     const int64_t first = unit * c[6], tiles = (w[1] + 15) / 16, end = first + c[6] < tiles ? first + c[6] : tiles;
     for (int64_t tile = first; tile < end; tile++)
-      if (c[1] == 1) $name_of::block<1, 1>(c, w, tile, 0);
-      else $name_of::blocks<$name_of::MANY>(c, w, tile, 0);
+      if (c[1] == 1) $name_of::block<1, 1>(c, w, rank.number, tile, 0);
+      else $name_of::blocks<$name_of::MANY>(c, w, rank.number, tile, 0);
   }});
 }}
 """

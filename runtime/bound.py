@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from ..codegen.build import threads
+from ..codegen.choose import Chooser
 from ..codegen.fuse import Chain, Region
 from ..codegen.fused import Codes, ProductKernel, QuantizeKernel
 from ..codegen.plan import Attention, Kernel, Plan
@@ -35,7 +36,8 @@ SLACK = 4  # a freed block serves requests down to a quarter of its size
 class Pool:
     """Storage by size: freed blocks are handed out again, smallest fit first."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
         self.free: list[torch.Tensor] = []
         self.allocated = 0
 
@@ -47,13 +49,13 @@ class Pool:
             block = min(fits, key=torch.numel)
             self.free = [b for b in self.free if b is not block]
         else:
-            block = torch.empty(max(1, -(-nbytes // ALIGN)) * ALIGN, dtype=torch.uint8)
+            block = torch.empty(max(1, -(-nbytes // ALIGN)) * ALIGN, dtype=torch.uint8, device=self.device)
             self.allocated += block.numel()
         return block[:nbytes].view(like.dtype).view(like.shape)
 
     def give(self, storage: torch.UntypedStorage) -> None:
         """Return a block."""
-        self.free.append(torch.empty(0, dtype=torch.uint8).set_(storage))
+        self.free.append(torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage))
 
 
 class Bound:
@@ -76,7 +78,7 @@ class Bound:
         self.outputs: dict[str, torch.Tensor] = {}
         self._made: list[Callable[[], Any]] = []
         self._decoded = decoded
-        self._pool = Pool()
+        self._pool = Pool(plan.device)
         self._values: dict[fx.Node, Any] = {}
         self._unread = {node: len(node.users) for node in plan.program.graph.nodes}
         self._holders: dict[int, int] = {}  # nodes whose value lies in the block at an address
@@ -84,6 +86,7 @@ class Bound:
         self._fixed = {t.untyped_storage().data_ptr() for t in (*inputs.values(), *decoded.values())}
         self._leads: dict[fx.Node, tuple[int, ...]] = {}  # of activations that are codes: the shape but for columns
         self._logits = _logits(plan.program.graph, [region for region, _ in plan.regions])
+        self.chooser: Chooser | None = None
         self._starts = {region.at: (region, kernel) for region, kernel in plan.regions}
         self._inside = {node: region for region, _ in plan.regions for node in region.nodes}
         _pack(plan)
@@ -101,6 +104,11 @@ class Bound:
         """One step."""
         for call in self.calls:
             call()
+
+    def again(self) -> None:
+        """One step more over a cache whose buffers stayed where they are."""
+        for call in self.calls:
+            call.again() if isinstance(call, Unit) else call()
 
     def _bind(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -182,7 +190,12 @@ class Bound:
             outs = {chain.output: self._pool.take(torch.empty(self._shape(kernel, chain, value), device="meta"))
                     for chain in region.chains}  # fmt: skip
             self._values.update(outs)
-            self._note(kernel.bind(value, outs), region.at)
+            made = kernel.bind(value, outs)
+            self._note(made, region.at)
+            if isinstance(kernel, ProductKernel) and kernel.head and self._logits and self.last is None and self.cache:
+                inputs = self.inputs["positions"], self.inputs["tokens"]
+                self.chooser = Chooser(made, *inputs, ranks=threads())
+                self._note(self.chooser.call, region.at)
 
     @contextmanager
     def _last_only(self, nodes: Sequence[fx.Node]) -> Iterator[None]:
@@ -196,7 +209,7 @@ class Bound:
         self._values[source] = out = self._pool.take(
             torch.empty(x.shape[0], 1, x.shape[2], dtype=x.dtype, device="meta")
         )
-        self._note(picked(x, self.last, out), source)
+        self._note(self._picked(x, self.last, out), source)
         yield
         self._values[source] = whole
         self._return([out] if x is whole else [out, x])
@@ -224,8 +237,16 @@ class Bound:
     def _copy(self, x: torch.Tensor) -> torch.Tensor:
         """A contiguous copy, refreshed on every step."""
         copy = self._pool.take(torch.empty(x.shape, dtype=x.dtype, device="meta"))
-        self._made.append(copied(x, copy) or partial(copy.copy_, x))
+        self._made.append(self._copied(x, copy))
         return copy
+
+    def _copied(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
+        """A call that copies x of any strides to the contiguous `out`."""
+        return copied(x, out) or partial(out.copy_, x)
+
+    def _picked(self, x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
+        """A call that copies x[b, index[b]] of a contiguous x [B, T, K] to out [B, 1, K]."""
+        return picked(x, index, out)
 
     def _table(self, name: str) -> torch.Tensor:
         """A small weight decoded once, shared by every binding of a session."""
@@ -298,7 +319,7 @@ class Bound:
             return result
         out = self._pool.take(torch.empty(result.shape, dtype=result.dtype, device="meta"))
         whole = out.view(args[0].shape)
-        self._made.append(copied(args[0], whole) or partial(whole.copy_, args[0]))
+        self._made.append(self._copied(args[0], whole))
         return out
 
 

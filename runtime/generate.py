@@ -8,15 +8,15 @@ of steps and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from ..ir.errors import SmeltError
 from .drafters import Drafter, drafter
-from .sampling import Context, Sampling, choose
-from .session import Session
+from .sampling import Context, Sampling, choose, not_finite
+from .session import Draw, Session
 
 
 @dataclass
@@ -74,6 +74,8 @@ class Decoding:
         self._children = _children(parents)
         penalized = sampling.repetition_penalty != 1
         self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool) if penalized else None
+        draw = Draw(sampling.seed, sampling.temperature, self._requests)
+        self._draw = draw if sampling.plain and session.plan.target == "cpp" else None
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, tokens) until every row has ended; a row's first token comes out of its prompt."""
@@ -87,9 +89,9 @@ class Decoding:
             if self.drafter is not None:
                 self.drafter.observe(number, 0, {name: value[:, None] for name, value in outputs.items()})
             yield number, self._emit(number, [token])
+        chains = self._draw is not None and self.drafter is None and self.session.chains
         while not all(row.done for row in self.rows):
-            yield from self._step()
-            self.step_done()
+            yield from self._chain() if chains else self._step()
 
     def stop(self, number: int) -> None:
         """End a row early, such as at a stop string."""
@@ -124,6 +126,27 @@ class Decoding:
         for number, tokens in enumerate(fresh):
             if tokens:
                 yield number, self._emit(number, tokens)
+        self.step_done()
+
+    def _chain(self) -> Iterator[tuple[int, list[int]]]:
+        """Steps of one token a row until one of the rows ends, or a page has to leave the cache."""
+        assert self._draw is not None
+        running = [number for number, row in enumerate(self.rows) if not row.done]
+        room = self.session.cache.room()
+        steps = min(min(room[n], self.limits.new_tokens - len(self.rows[n].tokens)) for n in running)
+        tokens = [row.tokens[-1] for row in self.rows]
+        with closing(self.session.chain(tokens, [not row.done for row in self.rows], steps, self._draw)) as chain:
+            for chosen in chain:
+                self.counts.steps += 1
+                self.counts.tokens += len(running)
+                for number in running:
+                    row = self.rows[number]
+                    if chosen[number] < 0:
+                        raise not_finite(number, len(row.prompt) + len(row.tokens))
+                    yield number, self._emit(number, [chosen[number]])
+                self.step_done()
+                if any(self.rows[number].done for number in running):
+                    return
 
     def _verified(self) -> list[list[int]]:
         """Draft, evaluate, walk and commit; returns the tokens that each row got."""
@@ -131,7 +154,7 @@ class Decoding:
         running = torch.tensor([not row.done for row in self.rows])
         positions = torch.tensor(self.session.cache.lengths)[:, None] + self._depths
         valid = running[:, None] & (positions < self.session.cache.capacity)
-        outputs = self.session.step(drafts, positions * valid, valid, self._ancestors)
+        outputs = self.session.step(drafts, positions * valid, valid, self._ancestors, draw=self._draw)
         logits = outputs["logits"]
         paths, fresh = self._walk(drafts, positions, logits)
         for number, path in enumerate(paths):
@@ -165,8 +188,7 @@ class Decoding:
         fresh: list[list[int]] = [[] for _ in left]
         walking = [number for number, steps in enumerate(left) if steps]
         while walking:
-            rows, nodes = torch.tensor(walking), torch.tensor([paths[number][-1] for number in walking])
-            chosen = self._choose(rows, logits[rows, nodes], positions[rows, nodes] + 1)
+            chosen = self._behind(walking, [paths[number][-1] for number in walking], positions, logits)
             down = []
             for number, token in zip(walking, chosen, strict=True):
                 fresh[number].append(token)
@@ -177,6 +199,19 @@ class Decoding:
                     down.append(number)
             walking = down
         return paths, fresh
+
+    def _behind(
+        self, rows: Sequence[int], nodes: Sequence[int], positions: torch.Tensor, logits: torch.Tensor
+    ) -> list[int]:
+        """The tokens that the model chooses behind these nodes of these rows: by the step's kernel, or from logits."""
+        if self.session.chosen is None:
+            at, behind = torch.tensor(rows), torch.tensor(nodes)
+            return self._choose(at, logits[at, behind], positions[at, behind] + 1)
+        chosen = [int(self.session.chosen[row, node]) for row, node in zip(rows, nodes, strict=True)]
+        if -1 in chosen:
+            first = chosen.index(-1)
+            raise not_finite(rows[first], int(positions[rows[first], nodes[first]]) + 1)
+        return chosen
 
     def _choose(self, rows: torch.Tensor, logits: torch.Tensor, positions: torch.Tensor) -> list[int]:
         """The tokens [R] that rows [R] get behind logits [R, V], to stand at positions [R]; they count as seen."""

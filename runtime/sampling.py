@@ -70,6 +70,12 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether a choice looks at nothing but a token's own logit, the temperature and noise."""
+        warped = self.top_k or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
+        return self.repetition_penalty == 1 and (self.greedy or not warped)
+
     def process(self, logits: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         """The logits to choose from, float32 [N, V]; the input is left as it is. Forbidden tokens are -inf.
 
@@ -195,10 +201,15 @@ def _check_finite(best: torch.Tensor, positions: torch.Tensor) -> None:
     bad = ~best.isfinite()
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise SmeltError(
-            f"row {row} of the logits, position {int(positions[row])}, holds NaN or inf, or no allowed token: "
-            "the model overflowed or has broken weights; try a wider dtype (float32 or bfloat16) for it"
-        )
+        raise not_finite(row, int(positions[row]))
+
+
+def not_finite(row: int, position: int) -> SmeltError:
+    """What to raise where the greatest score of a row is no number."""
+    return SmeltError(
+        f"row {row} of the logits, position {position}, holds NaN or inf, or no allowed token: "
+        "the model overflowed or has broken weights; try a wider dtype (float32 or bfloat16) for it"
+    )
 
 
 def _noisy(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -10,12 +11,21 @@ from ..codegen.plan import Plan
 from ..ir.cache import Cache
 from ..ir.errors import SmeltError
 from .bound import Bound
+from .bound_triton import binding
 
 CHUNK = 512  # tokens of a prompt that are read at once
 LOGITS = 1 << 26  # most logits of a chunk (256 MiB); large batches and vocabularies read fewer tokens at once
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pieces of a prompt are padded to these: few bindings are made
 
 Harvest = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class Draw(NamedTuple):
+    """A choice that kernels make: greedy at temperature 0, else with noise keyed by `seed` and `requests` int64 [B]."""
+
+    seed: int
+    temperature: float
+    requests: torch.Tensor
 
 
 class Session:
@@ -27,9 +37,10 @@ class Session:
             raise SmeltError(f"{plan.program.name} has no cache, so it cannot generate: add the step cache.insert")
         nodes = len(plan.program.decode.tree) if plan.program.decode else 1
         self.plan = plan
-        self.cache = Cache(plan.program.cache, batch, capacity, scratch=nodes)
+        self.cache = Cache(plan.program.cache, batch, capacity, plan.device, scratch=nodes)
         self._decoded = {} if decoded is None else decoded
         self._bound: dict[tuple[int, bool], Bound] = {}
+        self.chosen: torch.Tensor | None = None
         self._all: dict[int, torch.Tensor] = {}  # `valid` of a step without padding, by tokens
 
     def prefill(self, prompts: Sequence[Sequence[int]], harvest: Harvest | None = None) -> dict[str, torch.Tensor]:
@@ -56,11 +67,13 @@ class Session:
         valid: torch.Tensor | None = None,
         ancestors: torch.Tensor | None = None,
         last: torch.Tensor | None = None,
+        draw: Draw | None = None,
     ) -> Mapping[str, torch.Tensor]:
         """Evaluate new tokens [B, T] against the cache; commit or drop them afterwards through `cache.commit`.
 
         Arguments as in `Cache.begin`. `last` int64 [B]: the one token of each row whose logits are asked for; they are
-        [B, 1, V] then. The results are buffers of the session: they hold until the next step.
+        [B, 1, V] then. With `draw` the tokens chosen behind all new ones are in `chosen`, if the plan has a kernel that
+        chooses. The results are buffers of the session: they hold until the next step.
         """
         new = tokens.shape[1]
         if valid is None:
@@ -68,22 +81,65 @@ class Session:
                 self._all[new] = torch.ones(tokens.shape, dtype=torch.bool)
             valid = self._all[new]
         self.cache.begin(positions, valid, ancestors)
-        key = new, last is not None
-        bound = self._bound.get(key)
-        if bound is None:
-            inputs = {name: torch.zeros(tokens.shape, dtype=torch.int64) for name in ("tokens", "positions")}
-            picked = None if last is None else torch.zeros_like(last)
-            bound = self._bound[key] = Bound(self.plan, inputs, self.cache, self._decoded, picked)
+        bound = self.bound(new, last is not None)
         if bound.last is not None and last is not None:
             bound.last.copy_(last)
         bound.inputs["tokens"].copy_(tokens)
         bound.inputs["positions"].copy_(positions)
-        bound.run()
+        self.chosen = None
+        if bound.chooser is None or draw is None:
+            bound.run()
+            return bound.outputs
+        bound.chooser.start(*draw, logits=True)
+        try:
+            bound.run()
+        finally:
+            bound.chooser.stop()
+        self.chosen = bound.chooser.chosen
         return bound.outputs
 
-    def bound(self, tokens: int) -> Bound:
-        """The binding of the last step of so many new tokens a row."""
-        return self._bound[tokens, False]
+    def chain(
+        self, tokens: Sequence[int], running: Sequence[bool], steps: int, draw: Draw
+    ) -> Generator[list[int], None, None]:
+        """Steps of one token a row, each on what the last one chose; yields the choices, -1 where no score was finite.
+
+        Rows that are not `running` stand still. At most `steps`, which `cache.room` must allow; what was yielded is
+        committed when the iterator ends or is closed. Needs a plan whose kernels choose: see `chains`.
+        """
+        bound = self.bound(1)
+        assert bound.chooser is not None
+        rows = [row for row, runs in enumerate(running) if runs]
+        bound.inputs["tokens"].copy_(torch.tensor(tokens)[:, None])
+        bound.inputs["positions"].copy_((torch.tensor(self.cache.lengths) * torch.tensor(running))[:, None])
+        self.cache.begin(bound.inputs["positions"], torch.tensor(running)[:, None], room=steps)
+        bound.chooser.start(*draw, logits=False)
+        bound.chooser.move(running, self.cache.tables)
+        done = 0
+        try:
+            bound.run()
+            while True:
+                done += 1
+                yield bound.chooser.chosen[:, 0].tolist()
+                if done == steps:
+                    return
+                bound.again()
+        finally:
+            bound.chooser.stop()
+            self.cache.advance(done, rows)
+
+    @property
+    def chains(self) -> bool:
+        """Whether the kernels of a step of one token choose the next one."""
+        return self.bound(1).chooser is not None
+
+    def bound(self, tokens: int, last: bool = False) -> Bound:
+        """The binding of steps of so many new tokens a row; `last`: of which one a row has logits."""
+        if (tokens, last) not in self._bound:
+            shape = self.cache.batch, tokens
+            inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "positions")}
+            picked = torch.zeros(self.cache.batch, dtype=torch.int64) if last else None
+            self._bound[tokens, last] = binding(self.plan)(self.plan, inputs, self.cache, self._decoded, picked)
+        return self._bound[tokens, last]
 
     def _read(
         self,

@@ -72,6 +72,11 @@ class Cache:
         """int32 [B, 4], updated in place: what a layer stores of each row in sink, body and tail, and its length."""
         return self._schedule_of[layer].table
 
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """The distinct tables of `counts`."""
+        return [schedule.table for schedule in self._schedules.values()]
+
     def stored(self, layer: int) -> list[int]:
         """Stored tokens per KV head of each row."""
         return [sum(counts) for counts in self._schedule_of[layer].counts]
@@ -88,21 +93,25 @@ class Cache:
         return out
 
     def begin(
-        self, positions: torch.Tensor, valid: torch.Tensor | None = None, ancestors: torch.Tensor | None = None
+        self,
+        positions: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        ancestors: torch.Tensor | None = None,
+        room: int = 0,
     ) -> None:
         """Announce a step of T new tokens a row; what an unfinished step wrote is dropped.
 
         `positions` int64 [B, T]; `valid` bool [B, T] marks the real ones (default all). Without `ancestors` the valid
         tokens of a row continue it, and query i sees every stored token and the new tokens up to its own position.
         `ancestors` bool [T, T] or [B, T, T]: a tree, in which i sees every stored token and exactly the new tokens j
-        with ancestors[i, j], and itself.
+        with ancestors[i, j], and itself. `room`: slots to hold ready where kernels take so many steps before `advance`.
         """
         if positions.shape[:1] != (self.batch,) or positions.dim() != 2:
             raise ValueError(f"positions must be [{self.batch}, T], not {list(positions.shape)}")
         valid = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
         if ancestors is None:
             self._check_continues(positions, valid)
-        self._reserve(positions.shape[1])
+        self._reserve(max(positions.shape[1], room))
         self.step = Step(positions.contiguous(), valid, ancestors)
 
     def _check_continues(self, positions: torch.Tensor, valid: torch.Tensor) -> None:
@@ -180,6 +189,17 @@ class Cache:
             kept = [i for i in indices if i >= 0]
             if kept:
                 self._commit_row(row, kept, step.tokens)
+        self.step = None
+
+    def advance(self, steps: int, rows: Sequence[int]) -> None:
+        """Commit so many steps of one token of these rows: kernels wrote keys and values, and moved `tables` on.
+
+        No more than `room` allows: no page leaves between them.
+        """
+        self._current()
+        for row in rows if steps else ():
+            self._check_fits(row, self.lengths[row] + steps)
+            self._settle(row, self.lengths[row], self.lengths[row] + steps)
         self.step = None
 
     def _commit_row(self, row: int, kept: list[int], new: int) -> None:

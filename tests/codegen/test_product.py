@@ -66,7 +66,7 @@ def multiplied(
         parts = interleave.pack(encoding.expr((None, K)), encoding.encode(matrix), n, torch.Tensor.contiguous)
         for part in parts.values():
             packed += [part, part.shape[1] if part.dim() > 2 else 0]
-    words = (rows, columns, *codes, 1, tiles, tiles, n, out, n, *packed)
+    words = (rows, columns, *codes, 1, tiles, 0, tiles, n, out, n, *packed)
     Unit([
         call(row_function("quantize_rows"), x, *codes, *sizes, writes=list(codes)),
         call(product.function(spec, "product"), *words, writes=[out]),

@@ -18,7 +18,7 @@ from smelt.ir.errors import SmeltError
 from smelt.ir.interpret import interpret
 from smelt.ir.program import Program
 from smelt.runtime import session as session_module
-from smelt.runtime.session import CHUNK, Session
+from smelt.runtime.session import CHUNK, Draw, Session
 
 from ..ir.programs import FAMILIES, cached, captured, quantized
 
@@ -260,3 +260,53 @@ def test_the_context_ends() -> None:
 def test_a_program_without_a_cache_has_no_session() -> None:
     with pytest.raises(SmeltError, match=r"llama has no cache, so it cannot generate: add the step cache\.insert"):
         Session(lower(captured("llama")), 1, 8)
+
+
+def chained(session: Session, tokens: list[int], new: int, running: list[bool]) -> list[list[int]]:
+    """Greedy tokens of every row, by chains that end where a page leaves."""
+    out: list[list[int]] = []
+    draw = Draw(0, 0.0, torch.zeros(len(tokens), dtype=torch.int64))
+    while len(out) < new:
+        room = min(r for r, runs in zip(session.cache.room(), running, strict=True) if runs)
+        last = out[-1] if out else tokens
+        out += session.chain(last, running, min(room, new - len(out)), draw)
+    return out
+
+
+@pytest.mark.parametrize("stored", CACHES)
+def test_a_chain_is_its_steps_one_by_one(stored: str) -> None:
+    prompts, new = [prompt(9), prompt(14, 1)], 30
+    single, several = Session(plan(stored=stored), 2, 64), Session(plan(stored=stored), 2, 64)
+    logits = single.prefill(prompts)["logits"]
+    first = several.prefill(prompts)["logits"].argmax(-1).tolist()
+    tokens = []
+    for _ in range(new + 1):
+        tokens.append(logits.argmax(-1).tolist())
+        at = torch.tensor(single.cache.lengths)[:, None]
+        logits = single.step(torch.tensor(tokens[-1])[:, None], at)["logits"][:, 0]
+        single.cache.commit([[0], [0]])
+    assert [first, *chained(several, first, new, [True, True])] == tokens
+    assert several.cache.lengths == [9 + new, 14 + new]
+    assert several.cache.stored(0) == [sum(plan(stored=stored).program.cache[0].counts(n)) for n in (9 + new, 14 + new)]  # type: ignore[index]  # it has a cache
+
+
+def test_a_chain_that_is_closed_keeps_what_it_yielded() -> None:
+    session = Session(plan(), 1, 64)
+    first = session.prefill([prompt(9)])["logits"].argmax(-1).tolist()
+    chain = session.chain(first, [True], 20, Draw(0, 0.0, torch.zeros(1, dtype=torch.int64)))
+    begun = [next(chain)[0], next(chain)[0]]
+    chain.close()
+    assert session.cache.lengths == [11]
+    rest = chained(session, [begun[-1]], 5, [True])
+    other = Session(plan(), 1, 64)
+    assert other.prefill([prompt(9)])["logits"].argmax(-1).tolist() == first
+    assert chained(other, first, 7, [True]) == [[t] for t in begun] + rest
+
+
+def test_a_row_that_stands_still_in_a_chain_is_as_it_was() -> None:
+    alone, both = Session(plan(), 1, 64), Session(plan(), 2, 64)
+    first = alone.prefill([prompt(9)])["logits"].argmax(-1).tolist()
+    both.prefill([prompt(9), prompt(14, 1)])
+    moved = chained(both, [first[0], 3], 6, [True, False])
+    assert both.cache.lengths == [15, 14]
+    assert [tokens[0] for tokens in moved] == [tokens[0] for tokens in chained(alone, first, 6, [True])]
