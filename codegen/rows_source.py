@@ -115,11 +115,12 @@ static inline float step_of(const float* x, int64_t g, float levels) {
     top = choose(v > top, v, top);
     top = choose(-v > top, -v, top);
   }
-  float tops[16];
-  memcpy(tops, &top, sizeof top);
-  for (int w = 8; w; w /= 2)
-    for (int i = 0; i < w; i++) tops[i] = tops[i] > tops[i + w] ? tops[i] : tops[i + w];
-  return tops[0] / levels + sum(poison);
+  const auto higher = [](f32x16 a, f32x16 b) { return choose(a > b, a, b); };
+  top = higher(top, CROSSED(top, 8));
+  top = higher(top, CROSSED(top, 4));
+  top = higher(top, CROSSED(top, 2));
+  top = higher(top, CROSSED(top, 1));
+  return top[0] / levels + sum(poison);
 }
 static inline f32x16 in_steps(f32x16 x, float scale) {  // adding 1.5 * 2^23 rounds to an integer, ties to even
   return x / splat(scale == 0 ? 1.0f : scale) + 12582912.0f - 12582912.0f;
@@ -163,11 +164,7 @@ static inline void quantize(const float* x, const int64_t* c, int64_t r, int64_t
       total += q;
       for (int64_t j = 0; j < left; j += 4) memcpy(codes + (at + i + j) * wide, (const int8_t*)&narrow + j, 4);
     }
-    int32_t counts[16];
-    memcpy(counts, &total, sizeof total);
-    for (int w = 8; w; w /= 2)
-      for (int i = 0; i < w; i++) counts[i] += counts[i + w];
-    *scales = scale, *sums = counts[0];
+    *scales = scale, *sums = sum(total);
   }
 }
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,31 @@ def load(folder: Path) -> tuple[Program, dict[str, Any]]:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for name, digest in manifest["files"].items():
+    for name in manifest["files"]:
         path = folder / name
         if Path(name).name != name:
             raise SmeltError(f"{folder / MANIFEST}: lists the file '{name}', which lies outside of the artefact")
         if not path.is_file():
             raise SmeltError(f"{path}: the artefact is incomplete, this file is missing; compile or copy it again")
-        if _sha256(path) != digest:
-            raise SmeltError(f"{path}: content does not match its hash in {MANIFEST}; the file was altered or damaged")
+    with ThreadPoolExecutor(1) as aside:  # the weights take longer to hash than the program to read
+        weights = aside.submit(_check, folder, manifest, WEIGHTS)
+        for name in manifest["files"].keys() - {WEIGHTS}:
+            _check(folder, manifest, name)
+        try:
+            program = _read(folder, manifest)
+        finally:
+            weights.result()  # damaged weights are called so, whatever else they made fail
+    return program, manifest
+
+
+def _check(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+    if _sha256(folder / name) != manifest["files"][name]:
+        raise SmeltError(
+            f"{folder / name}: content does not match its hash in {MANIFEST}; the file was altered or damaged"
+        )
+
+
+def _read(folder: Path, manifest: Mapping[str, Any]) -> Program:
     for path in sorted(folder.glob("*.json")):  # a tokenizer would read it
         if path.name not in {MANIFEST, *manifest["files"]}:
             raise SmeltError(f"{path}: not a file of the artefact, which is sealed; remove it")
@@ -77,7 +95,7 @@ def load(folder: Path) -> tuple[Program, dict[str, Any]]:
         weights = _weights(folder, manifest["weights"])
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise SmeltError(f"{folder / MANIFEST}: its table of weights cannot be read ({fault!r})") from fault
-    return parse_program((folder / PROGRAM).read_text(encoding="utf-8"), weights, sealed=True), manifest
+    return parse_program((folder / PROGRAM).read_text(encoding="utf-8"), weights, sealed=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -67,12 +67,20 @@ static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return __builtin_elemen
 #else
 static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
 #endif
-static inline float sum(f32x16 v) {  // pairwise, always in the same order
-  float s[16];
-  memcpy(s, &v, sizeof v);
-  for (int w = 8; w; w /= 2)
-    for (int i = 0; i < w; i++) s[i] += s[i + w];
-  return s[0];
+// lane i becomes lane i ^ w, of a vector of sixteen words
+#define PAIRED(w)                                                                                                 \\
+  0 ^ w, 1 ^ w, 2 ^ w, 3 ^ w, 4 ^ w, 5 ^ w, 6 ^ w, 7 ^ w, 8 ^ w, 9 ^ w, 10 ^ w, 11 ^ w, 12 ^ w, 13 ^ w, 14 ^ w, 15 ^ w
+#if defined(__clang__)
+#define CROSSED(v, w) __builtin_shufflevector(v, v, PAIRED(w))
+#else
+#define CROSSED(v, w) __builtin_shuffle(v, i32x16{PAIRED(w)})
+#endif
+template <class V> static inline auto sum(V v) {  // pairwise, always in the same order
+  v += CROSSED(v, 8);
+  v += CROSSED(v, 4);
+  v += CROSSED(v, 2);
+  v += CROSSED(v, 1);
+  return v[0];
 }
 
 // GCC 12 widens bytes to words lane by lane, 83 instructions. On AVX-512 a broadcast and a shuffle inside 16-byte

@@ -23,9 +23,21 @@ def __getattr__(name: str) -> object:
     """Public names are imported when first used: `import smelt` stays quick and pulls in no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'smelt' has no attribute '{name}'")
+    return getattr(_imported(f".{_HOMES[name]}"), name)
+
+
+def _imported(module: str) -> object:
+    """A module, imported without collections of garbage in between, of which there is none: 0.4 of 2.5 s."""
+    import gc
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    pausing = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(module, __name__)
+    finally:
+        if pausing:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

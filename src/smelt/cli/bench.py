@@ -42,8 +42,8 @@ def bench(
     smelt bench out.smelt --against smelt plain.smelt --new-tokens 256
     """
     with waiting(f"loading {out}") as line:
+        from .. import load
         from ..ir.errors import SmeltError
-        from ..model import load
         from ..speed import compiled_runner, race
 
         if against and against[0] not in KINDS:
@@ -96,7 +96,7 @@ def _sizes(compiled: Compiled, length: int) -> dict[str, int]:
 
 
 def _other(kind: str, what: str) -> tuple[str, Runner, dict[str, int]]:
-    from ..model import load
+    from .. import load
     from ..speed import compiled_runner, transformers_model, transformers_runner
 
     if kind == "smelt":
