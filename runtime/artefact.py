@@ -71,7 +71,7 @@ def load(folder: Path) -> tuple[Program, dict[str, Any]]:
             raise SmeltError(f"{path}: the artefact is incomplete, this file is missing; compile or copy it again")
     with ThreadPoolExecutor(1) as aside:  # the weights take longer to hash than the program to read
         weights = aside.submit(_check, folder, manifest, WEIGHTS)
-        for name in manifest["files"].keys() - {WEIGHTS}:
+        for name in sorted(manifest["files"].keys() - {WEIGHTS}):
             _check(folder, manifest, name)
         try:
             program = _read(folder, manifest)

@@ -45,6 +45,12 @@ static void $name(Rank& rank, const int64_t* c) {  // value, found
   share(rank, 1, [&](int64_t) { *(int32_t*)c[2] = __atomic_load_n((const int32_t*)c[1], __ATOMIC_SEQ_CST); });
 }
 """)  # fmt: skip
+# the first piece takes long where `late` says so, as if its rank had lost its CPU
+LOSE = Function.of("lose", """\
+static void $name(Rank& rank, const int64_t* c) {  // late
+  share(rank, 2, [&](int64_t i) { if (i == 0 && *(const int32_t*)c[1]) usleep(150000); });
+}
+""")  # fmt: skip
 two_threads = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 COUNTS = (1, 2, 300, 0, 7, 64, 5000, 3)
 
@@ -252,3 +258,39 @@ def test_more_ranks_than_cpus_are_only_slower() -> None:
         for _ in range(20):
             made()
     assert exact(held, 20)
+
+
+def test_a_rank_that_comes_late_again_and_again_is_left_out_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is tried again: soon at first, then after ever longer pauses while it does not get better."""
+    pair, late = Team(2), torch.ones(1, dtype=torch.int32)
+    monkeypatch.setattr(unit, "team", lambda: pair)
+    with mutant("LATE = 1000000,", "LATE = 100000000,"):  # what another process of a test run takes is not so long
+        made = Unit([call(LOSE, late, writes=[])])
+
+    def until(ranks: int) -> int:
+        """Runs until the next job has so many ranks."""
+        for run in range(2000):
+            if pair.ranks == ranks:
+                return run
+            made()
+        raise AssertionError(f"never had {ranks} ranks")
+
+    assert pair.ranks == 2
+    assert 4 <= until(1) <= 40  # some runs in which nobody was seen to wait are allowed for
+    late[0] = 0
+    first = until(2)
+    late[0] = 1
+    until(1)
+    late[0] = 0
+    assert until(2) == 2 * first
+
+
+def test_one_late_rank_now_and_then_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, late = Team(2), torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(unit, "team", lambda: pair)
+    with mutant("LATE = 1000000,", "LATE = 100000000,"):  # what another process of a test run takes is not so long
+        made = Unit([call(LOSE, late, writes=[])])
+    for run in range(100):
+        late[0] = run % 20 == 0
+        made()
+        assert pair.ranks == 2
