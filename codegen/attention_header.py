@@ -30,11 +30,10 @@ struct Call {
 namespace {
 static inline f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
 static inline float top(f32x16 v) {
-  float s[16];
-  memcpy(s, &v, sizeof v);
-  for (int w = 8; w; w /= 2)
-    for (int i = 0; i < w; i++) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
-  return s[0];
+  v = larger(v, CROSSED(v, 8));
+  v = larger(v, CROSSED(v, 4));
+  v = larger(v, CROSSED(v, 2));
+  return larger(v, CROSSED(v, 1))[0];
 }
 // e^x for x <= 88, to 2 ulp; below -87 it stays at e^-87, which no float32 sum next to a 1 notices
 static inline f32x16 decay(f32x16 x) {

@@ -10,11 +10,11 @@ import torch
 from ..codegen.plan import Plan
 from ..ir.cache import Cache
 from ..ir.errors import SmeltError
-from .bound import Bound
-from .bound_triton import binding
+from .bound import Bound, binding
 
 CHUNK = 512  # tokens of a prompt that are read at once
 LOGITS = 1 << 26  # most logits of a chunk (256 MiB); large batches and vocabularies read fewer tokens at once
+HELD = 1 << 25  # bytes of buffers that a binding for prompts may keep until the next one
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pieces of a prompt are padded to these: few bindings are made
 
 Harvest = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -56,7 +56,7 @@ class Session:
             pieces = [prompt[start : start + chunk] for prompt in prompts]
             width = next(width for width in WIDTHS if width >= max(map(len, pieces)))
             self._read(pieces, width, last, harvest)
-        self._bound = {key: b for key, b in self._bound.items() if key[0] == 1}  # free a prompt's large buffers
+        self._bound = {key: b for key, b in self._bound.items() if key[0] == 1 or b.nbytes <= HELD}
         self.cache.end_prefill()
         return last
 
