@@ -30,7 +30,7 @@ namespace {
 struct Rank;
 struct Team {  // shared by all libraries of a process, which are built from this text
   int64_t size, most;  // ranks of this job, and threads
-  int64_t late, trouble, rest, penalty;
+  int64_t waited, trouble, rest, penalty;
   void (*body)(Rank&, const int64_t* const*);
   const int64_t* const* calls;
   alignas(64) uint32_t jobs;  // a count, and in the low byte the ranks of the newest
@@ -47,8 +47,9 @@ struct Rank {
 // Pauses before a waiting rank sleeps: inside of a step 50 to 150 us, about what a wake-up costs; between the steps of
 // a generation some 1 ms, which the choice of a token does not take.
 constexpr int PATIENCE = 4000, BETWEEN = 25000;
-// Who waits for a rank that long (ns) waits for one that does not run. So many steps with such a wait, less those
-// without, are trouble; then so many jobs are done with one rank less, and more of them each time that did not help.
+// Who waits for a rank that long (ns) may wait for one that does not run, or for a large unit. Where such waits take a
+// quarter of a job it was late. So many late jobs, less those that were not, are trouble; then so many jobs are done with
+// one rank less, and more of them each time that did not help.
 constexpr int64_t LATE = 1000000, TROUBLE = 4, REST = 64, MOST_REST = 1024;
 
 static inline void pause() {
@@ -88,7 +89,8 @@ template <class F> static inline void meet(Rank& rank, F alone) {
   if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) < team->size) {
     const int64_t from = clock_now();
     await(team, &team->meetings, before, PATIENCE);
-    if (clock_now() - from > LATE) __atomic_store_n(&team->late, 1, __ATOMIC_RELAXED);
+    const int64_t waited = clock_now() - from;
+    if (waited > LATE) __atomic_fetch_add(&team->waited, waited, __ATOMIC_RELAXED);
     return;
   }
   alone();
@@ -115,16 +117,17 @@ static inline void enter(Team* team, int64_t number) {
   team->body(rank, team->calls);
   meet(rank);
 }
-// How many ranks the next job has.
-static inline void adapt(Team* team) {
+// How many ranks the next job has, after one that took so long.
+static inline void adapt(Team* team, int64_t taken) {
+  const bool late = team->waited * 4 > taken;
+  team->waited = 0;
   if (team->size < team->most && --team->rest <= 0) team->size = team->most, team->trouble = 0;
   if (team->size == 1) return;
-  if (!team->late) {
+  if (!late) {
     if (team->trouble > -REST) team->trouble--;  // a long time without: what was is forgotten
     else team->penalty = REST;
     return;
   }
-  team->late = 0;
   team->trouble = (team->trouble > 0 ? team->trouble : 0) + 2;
   if (team->trouble < 2 * TROUBLE) return;
   team->size--, team->trouble = 0, team->rest = team->penalty;
@@ -138,8 +141,9 @@ static inline void run(Team* team, void (*body)(Rank&, const int64_t* const*), c
     __atomic_store_n(&team->jobs, (count + 1) << 8 | (uint32_t)team->size, __ATOMIC_SEQ_CST);
     wake(team, &team->jobs);
   }
+  const int64_t from = clock_now();
   enter(team, 0);
-  adapt(team);
+  adapt(team, clock_now() - from);
 }
 }  // namespace
 #endif
