@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..ir.encoding import Affine
+from ..ir.encoding import Affine, Encoding, Parts
 from ..ir.encoding.affine import LANES
 from ..ir.errors import SmeltError
 from .product_triton import POINTERS, lines
@@ -140,6 +140,24 @@ def encode(encoding: Affine, x: torch.Tensor, parts: Mapping[str, torch.Tensor])
     kernel(encoding, shape)[(x.shape[0], *_Walk(encoding, *shape).grid)](
         x, *ordered, x.stride(0), x.stride(1), *(part.stride(0) for part in ordered), num_warps=warps(encoding, shape)
     )
+
+
+def encoded(encoding: Encoding, x: torch.Tensor) -> Parts:
+    """The parts of x [..., N, K], as `encoding.encode` makes them; by the kernel where the encoding has one."""
+    if not isinstance(encoding, Affine):
+        return encoding.encode(x)
+    lead, shape = x.shape[:-2], (int(x.shape[-2]), int(x.shape[-1]))
+    parts = {
+        name: torch.empty(*lead, *like, dtype=dtype, device=x.device) for name, like, dtype in _likes(encoding, shape)
+    }
+    encode(encoding, x.reshape(-1, *shape), {name: part.flatten(0, len(lead) - 1) for name, part in parts.items()})
+    return parts
+
+
+@cache
+def _likes(encoding: Affine, shape: tuple[int, int]) -> list[tuple[str, torch.Size, torch.dtype]]:
+    """Names, shapes and types of the parts of one matrix."""
+    return [(name, part.shape[1:], part.dtype) for name, part in encoding.encode(torch.zeros(1, *shape)).items()]
 
 
 def _power(count: int) -> int:

@@ -45,7 +45,7 @@ class Chain:
 class Region:
     """Nodes that one kernel computes. It runs where node `at` stands: all that it reads is there by then."""
 
-    kind: Literal["product", "pointwise", "quantize"]
+    kind: Literal["product", "pointwise", "quantize", "attention"]
     chains: tuple[Chain, ...]
     at: fx.Node
     width: int | None = None  # columns of a group of 8-bit activations that a product reads

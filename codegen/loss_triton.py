@@ -76,6 +76,60 @@ class TritonLoss:
         loss: torch.Tensor = _Cut.apply(x, weight, known, bias, softcap, self)  # type: ignore[no-untyped-call]
         return loss
 
+    def losses(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and log-sum-exp of each token; labels of tokens without a loss are -1."""
+        x, weight = x.contiguous(), weight.contiguous()
+        (n, k), v, options = x.shape, weight.shape[0], self.options(x, bias, softcap)
+        blocks, words = -(-n // options["BN"]), -(-v // options["BV"])
+        parts = max(1, min(words, PROGRAMS // max(blocks, 1)))
+        span = -(-words // parts) * options["BV"]
+        parts = -(-v // span)
+        most, total, picked = torch.empty(3, parts, n, dtype=torch.float32, device=x.device).unbind()
+        self.kernels.forward[(blocks, parts)](
+            x, weight, labels, bias, most, total, picked, n, v, k, span, softcap or 0.0, **options
+        )
+        logsum = torch.logsumexp(most + total.log(), 0)
+        return (logsum - picked.sum(0)).masked_fill(labels < 0, 0.0), logsum
+
+    def gradients(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+        logsum: torch.Tensor,
+        grad: torch.Tensor,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Of x, weight and bias, those `wanted`; `logsum` is inf and the label -1 where a token has no loss."""
+        x, weight = x.contiguous(), weight.contiguous()
+        (n, k), v, options = x.shape, weight.shape[0], self.options(x, bias, softcap, backward=True)
+        grad = grad.float().masked_fill(labels < 0, 0.0)
+        # shares are rounded to the type of x: those of a mean over many tokens would be too small for float16
+        size = grad.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        given = (x, weight, labels, bias, logsum, grad / size)
+        numbers = (n, v, k, softcap or 0.0, self.least)
+        dx = dweight = dbias = None
+        if wanted[0]:
+            dx = torch.zeros_like(x, dtype=torch.float32)
+            self.kernels.backward_x[(-(-n // options["BN"]),)](*given, dx, *numbers, **options)
+            dx = dx.mul_(size).to(x.dtype)
+        if wanted[1] or wanted[2]:
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
+            dbias = None if bias is None else torch.empty_like(bias, dtype=torch.float32)
+            self.kernels.backward_weight[(-(-v // options["BV"]),)](*given, dweight, dbias, *numbers, **options)
+            dweight = dweight.mul_(size).to(weight.dtype)
+            dbias = None if bias is None or dbias is None else dbias.mul_(size).to(bias.dtype)
+        return dx, dweight, dbias
+
     def options(
         self, x: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, backward: bool = False
     ) -> dict[str, Any]:
@@ -101,41 +155,17 @@ class _Cut(torch.autograd.Function):
         softcap: float | None,
         to: TritonLoss,
     ) -> torch.Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        (n, k), v, options = x.shape, weight.shape[0], to.options(x, bias, softcap)
-        blocks, words = -(-n // options["BN"]), -(-v // options["BV"])
-        parts = max(1, min(words, PROGRAMS // max(blocks, 1)))
-        span = -(-words // parts) * options["BV"]
-        parts = -(-v // span)
-        most, total, picked = torch.empty(3, parts, n, dtype=torch.float32, device=x.device).unbind()
-        to.kernels.forward[(blocks, parts)](
-            x, weight, labels, bias, most, total, picked, n, v, k, span, softcap or 0.0, **options
-        )
-        logsum = torch.logsumexp(most + total.log(), 0)
+        loss, logsum = to.losses(x, weight, labels, bias, softcap)
         ctx.save_for_backward(x, weight, labels, bias, logsum.masked_fill(labels < 0, float("inf")))
         ctx.softcap, ctx.to = softcap, to
-        return (logsum - picked.sum(0)).masked_fill(labels < 0, 0.0)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, labels, bias, logsum = ctx.saved_tensors
-        (n, k), v, options = x.shape, weight.shape[0], ctx.to.options(x, bias, ctx.softcap, backward=True)
-        grad = grads[0].float().masked_fill(labels < 0, 0.0)
-        # shares are rounded to the type of x: those of a mean over many tokens would be too small for float16
-        size = grad.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        given = (x, weight, labels, bias, logsum, grad / size)
-        numbers = (n, v, k, ctx.softcap or 0.0, ctx.to.least)
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.zeros_like(x, dtype=torch.float32)
-            ctx.to.kernels.backward_x[(-(-n // options["BN"]),)](*given, dx, *numbers, **options)
-            dx = dx.mul_(size).to(x.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            dweight = torch.zeros_like(weight, dtype=torch.float32)
-            dbias = None if bias is None else torch.empty_like(bias, dtype=torch.float32)
-            ctx.to.kernels.backward_weight[(-(-v // options["BV"]),)](*given, dweight, dbias, *numbers, **options)
-            dweight = dweight.mul_(size).to(weight.dtype)
-            dbias = None if bias is None or dbias is None else dbias.mul_(size).to(bias.dtype)
+        of_x, of_weight, _, of_bias = ctx.needs_input_grad[:4]
+        wanted = of_x, of_weight, of_bias
+        dx, dweight, dbias = ctx.to.gradients(x, weight, labels, bias, ctx.softcap, logsum, grads[0], wanted)
         return dx, dweight, None, dbias, None, None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import fx
@@ -28,12 +28,17 @@ _INTEGERS = ("ids", "positions", "chosen")  # arguments of kernels that are int6
 
 
 def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Plan:
-    """The plan of `program` for a target: `cpp` (generated kernels, ATen for the rest) or `torch` (the reference).
+    """The plan of `program` for a target: `cpp` (generated kernels, ATen for the rest), `torch` (the reference), or
+    `triton` (the kernels for GPUs).
 
     `fallback=False` refuses a Program with an encoded weight or a cache site that the target has no kernel for.
     """
-    if target not in ("cpp", "torch"):
-        raise SmeltError(f"unknown target '{target}'; known: cpp, torch")
+    if target not in get_args(Target):
+        raise SmeltError(f"unknown target '{target}'; known: {', '.join(get_args(Target))}")
+    if target == "triton":
+        from .lower_triton import lower_triton  # a CPU need not import what is for GPUs
+
+        return lower_triton(program, fallback)
     choices: dict[str, Choice] = {}
     encoded: dict[str, tuple[str, ...]] = {}
     regions = fuse(program.graph, program.weights, partial(_refused, program)) if target == "cpp" else []

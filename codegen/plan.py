@@ -12,7 +12,7 @@ from ..ir.cache import Cache
 from ..ir.program import Program
 from .fuse import Region
 
-Target = Literal["cpp", "torch"]
+Target = Literal["cpp", "torch", "triton"]
 Out: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 Run: TypeAlias = Callable[[], Any]  # a `Call` of a generated function, or any Python call
 
@@ -66,6 +66,7 @@ class Plan:
     choices: Mapping[str, Choice]
     encoded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     regions: tuple[tuple[Region, Any], ...] = ()  # each with its kernel
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # a device never changes
 
     def kernels(self) -> list[dict[str, Any]]:
         """One row a node: node, kernel, why, fallback, source; for `lm.kernels` and `smelt inspect`."""

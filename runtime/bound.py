@@ -323,6 +323,15 @@ class Bound:
         return out
 
 
+def binding(plan: Plan) -> type[Bound]:
+    """The class that binds a plan of its target; a CPU need not import what is for GPUs."""
+    if plan.target != "triton":
+        return Bound
+    from .bound_triton import TritonBound
+
+    return TritonBound
+
+
 def _pack(plan: Plan) -> None:
     """Pack all weights that are not yet, side by side: most of the time goes into pages that the system hands out."""
     kernels = [kernel for _, kernel in plan.regions if isinstance(kernel, ProductKernel)]

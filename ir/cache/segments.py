@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from ..encoding import Encoding
+from ..encoding import Encoding, Parts
 from ..errors import SmeltError
 from .plan import Counts, Site
 
@@ -47,6 +47,10 @@ def _buffers(
     return {n: torch.empty(rows, heads, pages, *p.shape[1:], dtype=p.dtype, device=device) for n, p in made.items()}
 
 
+def _encoded(encoding: Encoding, x: torch.Tensor) -> Parts:
+    return encoding.encode(x)
+
+
 @dataclass
 class Segments:
     """Sink, body and tail of one site for every row of a batch; how much of them is in use is the caller's to know.
@@ -64,6 +68,7 @@ class Segments:
     keys: dict[str, torch.Tensor] = field(default_factory=dict)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     places: torch.Tensor | None = None
+    encode: Callable[[Encoding, torch.Tensor], Parts] = _encoded  # who has a kernel for pages puts it here
 
     @classmethod
     def empty(cls, site: Site, rows: int, capacity: int, width: int, device: torch.device) -> Segments:
@@ -174,7 +179,7 @@ class Segments:
             chosen = survivors(site, x) if chosen is None else chosen
             x = x.gather(2, chosen[..., None].expand(*chosen.shape, x.shape[-1]))
             try:
-                encoded = encoding.encode(x.float())
+                encoded = self.encode(encoding, x.float())
             except SmeltError as error:
                 raise SmeltError(f"cache of layer {site.layer}, pages {first} to {after - 1}: {error}") from error
             for name, part in encoded.items():

@@ -7,7 +7,7 @@ and computes the logits of a block a second time for the gradients: memory grows
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -46,6 +46,42 @@ def _cost(x: Shape, weight: Shape, labels: Shape, *_: Any, **__: Any) -> Cost:
 HEAD_CROSS_ENTROPY = define(head_cross_entropy, _shape, _cost)
 
 
+class Kernels(Protocol):
+    """What computes the op faster than blocks of torch ops do. Labels of tokens without a loss are -1 here."""
+
+    def covers(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
+        """Why these operands have no kernel, or None."""
+        ...
+
+    def loss(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """The loss of each token, float32 [N]; 0 where there is none."""
+        ...
+
+    def gradients(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+        logsum: torch.Tensor,
+        grad: torch.Tensor,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Of x, weight and bias, those `wanted`; `logsum` float32 [N], inf where a token has no loss."""
+        ...
+
+
+KERNELS: dict[str, Kernels] = {}  # by type of device: whoever has kernels puts them here
+
+
 def cut(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -55,6 +91,9 @@ def cut(
     ignore: int = -100,
 ) -> torch.Tensor:
     """`head_cross_entropy` as log-sum-exp over blocks minus the label's logit."""
+    kernels = KERNELS.get(x.device.type)
+    if kernels is not None and kernels.covers(x, weight) is None:
+        return kernels.loss(x, weight, labels.masked_fill(labels == ignore, -1), bias, softcap)
     most = x.new_full(labels.shape, float("-inf"), dtype=torch.float32)
     total = torch.zeros_like(most)
     for _, logits in _blocks(x, weight, bias, softcap):
@@ -74,6 +113,11 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad, wide = grad.float().masked_fill(ignored, 0.0), x.float()
     of_x, of_weight = ctx.needs_input_grad[:2]
     of_bias = bias is not None and ctx.needs_input_grad[3]  # a bias left out is not in the list
+    kernels = KERNELS.get(x.device.type)
+    if kernels is not None and kernels.covers(x, weight) is None:
+        known, asked = labels.masked_fill(ignored, -1), (of_x, of_weight, of_bias)
+        found = kernels.gradients(x, weight, known, bias, ctx.softcap, logsum, grad, asked)
+        return found[0], found[1], None, found[2], None, None
     dx = torch.zeros_like(wide) if of_x else None
     dweight = torch.empty_like(weight) if of_weight else None
     dbias = torch.empty_like(bias) if of_bias else None

@@ -11,11 +11,12 @@ from torch import nn
 
 from . import kept
 from .assets import model_assets
+from .codegen.loss_cuda import register as register_loss
 from .codegen.plan import Target
 from .ir.capture import capture
 from .ir.errors import SmeltError
 from .ir.shapes import derive
-from .model import Compiled
+from .model import Compiled, check_device
 from .passes import Samples, catalogue
 from .passes.events import Event, ignore
 from .passes.manager import run
@@ -51,12 +52,15 @@ def compile(
     recipe: a shipped name, a YAML file, or its content as a dict; `overrides` such as `cache.encode.tail=128`.
     calibration: a text file, texts, or tokens int64 [N, T], for the steps that look at data.
     tokenizer: the folder of the tokenizer, where the model is not one.
-    target: `cpp` for generated kernels, `torch` for the reference; `fallback=False` refuses what has no fast kernel.
+    target: `cpp` for generated kernels, `triton` for those of GPUs, `torch` for the reference; `fallback=False` refuses
+    what has no fast kernel.
     listen: is told when a step starts, goes on and ends. stop_after: the name of the last step to run.
     anew: run every step, for who listens to them. Otherwise what was compiled before from the same files is read back
     and no step runs; `SMELT_KEEP=0` keeps nothing.
     Raises SmeltError for anything wrong with what was given.
     """
+    check_device(target)
+    register_loss()
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, catalogue(), overrides)
     words = tokenizer if tokenizer is not None else model
     whole = stop_after is None and example is None  # what is kept are whole recipes on files alone

@@ -23,7 +23,7 @@ from .ir.program import Program
 from .passes import catalogue
 from .passes.report import Report
 from .runtime import artefact
-from .runtime.bound import Bound
+from .runtime.bound import Bound, binding
 from .runtime.generate import Decoding, Limits
 from .runtime.profile import Timing, profile
 from .runtime.sampling import Sampling
@@ -136,7 +136,7 @@ class Compiled:
             if len(self._bound) == KEPT:
                 self._bound.pop(next(iter(self._bound)))
             buffers = {n: torch.empty_like(v, memory_format=torch.contiguous_format) for n, v in checked.items()}
-            self._bound[key] = Bound(self.plan, buffers, None, self._decoded)
+            self._bound[key] = binding(self.plan)(self.plan, buffers, None, self._decoded)
         bound = self._bound[key]
         for name, value in checked.items():
             bound.inputs[name].copy_(value)
@@ -257,8 +257,20 @@ class Compiled:
         return [int(item) for item in items]
 
 
+def check_device(target: Target) -> None:
+    """Raises SmeltError for a target whose device this process does not have."""
+    if target == "triton":
+        from .codegen.device_triton import device
+
+        device()
+
+
 def load(folder: str | Path, target: Target = "cpp") -> Compiled:
-    """Read an artefact; hashes are checked, nothing is executed, the original model's code is not needed."""
+    """Read an artefact; hashes are checked, nothing is executed, the original model's code is not needed.
+
+    target: whose kernels run it, as in `compile`.
+    """
+    check_device(target)
     folder = Path(folder)
     program, manifest = artefact.load(folder)
     files = {name: (folder / name).read_bytes() for name in NAMES if name in manifest["files"]}

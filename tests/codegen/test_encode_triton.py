@@ -7,7 +7,7 @@ import torch
 
 from smelt.codegen import encode_triton
 from smelt.codegen.autotune_triton import Tile
-from smelt.ir.encoding import Affine
+from smelt.ir.encoding import Affine, Dense
 from smelt.ir.errors import SmeltError
 
 from . import triton_checks as checks
@@ -109,6 +109,16 @@ def test_compiles_without_a_spill(
 @pytest.mark.parametrize(("encoding", "shape"), ON_GPU.values(), ids=ON_GPU)
 def test_encodes_as_the_reference_does_on_a_gpu(encoding: Affine, shape: tuple[int, int]) -> None:
     assert wrong(encoding, shape, "cuda") == 0
+
+
+@interpreted
+def test_pages_are_encoded_as_a_cache_does() -> None:
+    """Several heads and pages at once; an encoding without a kernel encodes itself."""
+    x = torch.randn(2, 3, 8, 32, generator=torch.Generator().manual_seed(0))
+    for encoding in (Affine(8, 4, "channel", True), Affine(4, 16), Dense("float16")):
+        found, wanted = encode_triton.encoded(encoding, x), encoding.encode(x)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], part) and found[name].dtype is part.dtype for name, part in wanted.items())
 
 
 def test_what_the_encoding_refuses_is_refused() -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from smelt.codegen import loss_triton
+from smelt.codegen import loss_cuda, loss_triton
+from smelt.codegen.loss_cuda import TritonKernels
 from smelt.codegen.loss_triton import FILTER, TILES, Tile, TritonLoss, covers, signatures
 from smelt.ir.errors import SmeltError
-from smelt.ir.ops.loss import head_cross_entropy
+from smelt.ir.ops import loss as loss_op
+from smelt.ir.ops.loss import HEAD_CROSS_ENTROPY, head_cross_entropy
 
 pytest.importorskip("triton")
 
@@ -103,6 +105,51 @@ def test_the_comparison_catches_a_wrong_kernel(monkeypatch, right, wrong):
     assert max(errors(problem(37, 129, 20), TritonLoss(tile=SMALL), softcap=5.0)) > 100 * TOLERANCE[torch.float32]
 
 
+class Counted(TritonKernels):
+    """Kernels that note how often they run, and scale what they give."""
+
+    def __init__(self, by=1.0):
+        super().__init__(SMALL if INTERPRETED else None)
+        self.by, self.calls = by, []
+
+    def loss(self, *given):
+        self.calls.append("loss")
+        return super().loss(*given)
+
+    def gradients(self, *given):
+        self.calls.append("gradients")
+        return tuple(each if each is None else each * self.by for each in super().gradients(*given))
+
+
+@interpreted
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_op_takes_the_kernels_of_a_device(softcap, monkeypatch):
+    """As `register` does it for CUDA devices: forward and backward, by the op that training calls."""
+    for by, right in ((1.0, True), (1.05, False)):
+        kernels = Counted(by)
+        monkeypatch.setitem(loss_op.KERNELS, "cpu", kernels)
+        worst = max(errors(problem(17, 70, 33), HEAD_CROSS_ENTROPY.target, softcap=softcap))
+        assert (worst < TOLERANCE[torch.float32]) is right and kernels.calls == ["loss", "gradients"]
+
+
+@interpreted
+def test_the_op_keeps_its_blocks_for_what_the_kernels_do_not_cover(monkeypatch):
+    kernels = Counted()
+    monkeypatch.setitem(loss_op.KERNELS, "cpu", kernels)
+    given = problem(17, 70, 33)
+    given[0] = given[0].detach().double().requires_grad_()
+    value = HEAD_CROSS_ENTROPY.target(*given)
+    assert not kernels.calls and value.isfinite().all()
+
+
+def test_kernels_are_registered_for_cuda_devices_once(monkeypatch):
+    monkeypatch.setattr(loss_op, "KERNELS", {})
+    loss_cuda.register()
+    first = loss_op.KERNELS["cuda"]
+    loss_cuda.register()
+    assert {"cuda": first} == loss_op.KERNELS and isinstance(first, TritonKernels)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="is the parent process")
 def test_everything_holds_in_the_interpreter():
     """Triton reads the variable when it is imported, so the interpreter has a process of its own."""
@@ -149,6 +196,15 @@ def test_the_kernels_compile_for_a_gpu_without_spilling(dtype, capability, tmp_p
 def test_the_kernels_compute_the_reference_on_a_gpu(dtype, softcap):
     given = problem(300, 5000, 200, dtype, "cuda", sharp=0.5)
     assert max(errors(given, TritonLoss(), softcap=softcap)) < 10 * TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_op_takes_the_kernels_on_a_gpu(dtype, monkeypatch):
+    kernels = Counted()
+    monkeypatch.setitem(loss_op.KERNELS, "cuda", kernels)
+    assert max(errors(problem(300, 1000, 96, dtype, "cuda"), HEAD_CROSS_ENTROPY.target)) < TOLERANCE[dtype]
+    assert kernels.calls == ["loss", "gradients"]
 
 
 @pytest.mark.gpu

@@ -169,7 +169,7 @@ def test_views_and_sizes_have_no_kernel() -> None:
 
 
 def test_what_cannot_be_lowered_at_all_is_an_error() -> None:
-    with pytest.raises(SmeltError, match="unknown target 'gpu'; known: cpp, torch"):
+    with pytest.raises(SmeltError, match="unknown target 'gpu'; known: cpp, torch, triton"):
         lower(affine_layer(), "gpu")  # type: ignore[arg-type]
     program = cached(captured("llama"))
     program.cache = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import check_output
+from .output import check_output, check_target
 from .show import columns, emit, note, size, waiting
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def compile_(
         bool, typer.Option("--bisect", help="Find the step and the sites that hurt most; writes nothing.")
     ] = False,
     max_kl: Annotated[float, typer.Option(help="KL in nats beyond which --bisect calls a step guilty.")] = 0.05,
-    target: Annotated[str, typer.Option(help="cpp: generated kernels; torch: the reference.")] = "cpp",
+    target: Annotated[
+        str, typer.Option(help="cpp: generated kernels; triton: those for GPUs; torch: the reference.")
+    ] = "cpp",
     no_fallback: Annotated[
         bool, typer.Option("--no-fallback", help="Refuse what the target has no fast kernel for.")
     ] = False,
@@ -59,8 +61,7 @@ def compile_(
         from ..ir.errors import SmeltError
 
         debug.level()  # refuses what is no level
-        if target not in ("cpp", "torch"):
-            raise SmeltError(f"--target {target}: choose cpp (generated kernels) or torch (the reference)")
+        check_target(target)
         if out is None and not bisect:
             raise SmeltError("nowhere to write: name a folder with -o OUT")
         if out is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .output import check_target
 from .show import columns, emit, number, size, waiting
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def inspect_(
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph as text.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernel of each node and why.")] = False,
     tokens: Annotated[int, typer.Option(min=0, help="New tokens of the step that --kernels times; 0: none.")] = 1,
-    target: Annotated[str, typer.Option(help="Whose kernels: cpp or torch.")] = "cpp",
+    target: Annotated[str, typer.Option(help="Whose kernels: cpp, triton or torch.")] = "cpp",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show sizes, costs, graph and kernels.
@@ -37,10 +38,7 @@ def inspect_(
     smelt inspect out.smelt --kernels
     smelt inspect out.smelt --graph > graph.txt
     """
-    from ..ir.errors import SmeltError
-
-    if target not in ("cpp", "torch"):
-        raise SmeltError(f"--target {target}: choose cpp (generated kernels) or torch (the reference)")
+    check_target(target)
     with waiting(f"loading {what}"):
         from ..codegen.lower import lower
         from ..ir.cost import cost

@@ -1,4 +1,4 @@
-"""Whether an artefact can be written to a place: asked before the work, not after."""
+"""What is asked before the work, not after: can an artefact be written to a place, and is there such a target."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def check_output(folder: Path) -> None:
             pass
     except OSError as fault:
         raise SmeltError(f"{folder}: cannot be written, {place}: {fault.strerror}; choose another folder") from fault
+
+
+def check_target(target: str) -> None:
+    """Raises SmeltError for a target that there is not."""
+    from ..ir.errors import SmeltError
+
+    if target not in ("cpp", "triton", "torch"):
+        raise SmeltError(
+            f"--target {target}: choose cpp (generated kernels), triton (those for GPUs) or torch (the reference)"
+        )

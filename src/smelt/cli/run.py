@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .output import check_target
 from .show import note, size, waiting
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ def run(
     ] = False,
     ids: Annotated[bool, typer.Option("--ids", help="PROMPT and what is printed are token ids: 1,2,3.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and steps to stderr.")] = False,
+    target: Annotated[
+        str, typer.Option(help="cpp: generated kernels; triton: those for GPUs; torch: the reference.")
+    ] = "cpp",
 ) -> None:
     """Continue PROMPT with an artefact, streaming.
 
@@ -48,9 +52,10 @@ def run(
     smelt run out.smelt "import os" --stop "\\n\\n" --stats
     """
     with waiting(f"loading {out}") as line:
-        from ..model import load
+        from .. import load
 
-        compiled = load(out)
+        check_target(target)
+        compiled = load(out, target)  # type: ignore[arg-type]  # checked
         check_decoder(compiled)
         text = sys.stdin.read() if prompt == "-" else prompt
         asked = _ids(text) if ids else compiled.tokenizer.encode(text)

@@ -1,0 +1,176 @@
+"""Lowering for GPUs: the Triton kernel of every region and node of a Program, or why torch computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.cache import Site
+from ..ir.errors import SmeltError
+from ..ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, HEAD, LINEAR, OPS, QUANTIZED, RMS_NORM, arguments
+from ..ir.program import Program
+from ..ir.weight import Weight
+from . import attention_triton
+from .attention_triton import TritonAttention
+from .chains_triton import ProductsKernel, covers
+from .device_triton import likely, placed
+from .fuse import Region, fuse
+from .gemm_triton import TritonProduct
+from .kernels import CacheReference, Reference, out_variant
+from .nodes_triton import AttentionKernel, GatherKernel, NormKernel, RoundKernel, gather_refuses
+from .plan import Choice, Kernel, Plan
+from .pointwise_triton import PointwiseKernel
+from .product_triton import Product
+from .regions_triton import Fused, RegionKernel, attention, with_norm
+
+_ROUNDED = 16  # bits of activations up to which codes are exact in float32
+
+
+def lower_triton(program: Program, fallback: bool = True) -> Plan:
+    """The plan of `program` for target triton; its weights go to the device as they are stored, when first read."""
+    to = likely()
+    program = replace(program, weights={name: placed(weight, to) for name, weight in program.weights.items()})
+    regions = [
+        with_norm(r) if r.kind == "product" else r
+        for r in fuse(program.graph, program.weights, partial(_refused, program))
+    ]
+    products: dict[Product, TritonProduct] = {}
+    kernels: list[tuple[Region, RegionKernel]] = [
+        (r, ProductsKernel(r, program.weights, products) if isinstance(r, Fused) else PointwiseKernel(r))
+        for r in regions
+    ]
+    sites: dict[Site, TritonAttention] = {}
+    for node in program.graph.nodes:
+        if node.target is CACHED_ATTENTION.target and _unread(program, node) is None:
+            region = attention(node)
+            kernels.append((region, AttentionKernel(region, _site(program, node), sites)))
+    fused = {node for region, _ in kernels for node in region.nodes}
+    choices = {
+        node.name: choice
+        for node in program.graph.nodes
+        if node not in fused and (choice := _choose(program, node)) is not None
+    }
+    encoded = {node.name: _stored(node) for node in program.graph.nodes if node.target in OPS}
+    if not fallback:
+        _refuse_fallbacks(program, choices)
+    return Plan(program, "triton", choices, encoded, tuple(kernels), to)
+
+
+def holds_up(plan: Plan) -> str | None:
+    """Why a step of a plan cannot be captured in a graph, or None: a node that waits for what the device computed."""
+    for name, choice in plan.choices.items():
+        kernel = choice.kernel
+        if isinstance(kernel, CacheReference):
+            return f"{name}: {choice.why}"
+        if not isinstance(kernel, Reference):
+            continue
+        tags = getattr(kernel.function, "tags", ())
+        if kernel.label == EXPERTS.name or {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*tags}:
+            return f"{name}: what {kernel.name} reads or makes depends on values"
+    return None
+
+
+def _refuse_fallbacks(program: Program, choices: Mapping[str, Choice]) -> None:
+    refused = [f"{name}: {choice.why}" for name, choice in choices.items() if choice.fallback]
+    if refused:
+        raise SmeltError(
+            f"target triton has no fast kernel for {len(refused)} nodes of {program.name}, first {refused[0]}; "
+            "choose another encoding, or allow fallback=True to run them as torch ops"
+        )
+
+
+def _refused(program: Program, node: fx.Node, width: int | None) -> str | None:
+    """Why a product has no kernel, or None; `width` as in `Region`."""
+    weight = _weight(program, arguments(node)["weight"])
+    if weight is None:
+        return "the matrix is computed, not stored"
+    if width is not None:
+        return "products read the values of rounded activations, not their codes"
+    reason = covers(weight.encoding, weight.shape) or _strange(node)
+    return f"product with {weight.encoding}: {reason}" if reason else None
+
+
+def _choose(program: Program, node: fx.Node) -> Choice | None:
+    if node.op != "call_function":
+        return None
+    if node.target is CACHED_ATTENTION.target:
+        return Choice(CacheReference(), f"attention of {node.name}: {_unread(program, node)}", fallback=True)
+    if node.target in OPS:
+        return _dialect(program, node)
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.name == "aten::sym_size":
+        return None
+    if any(r.alias_info is not None for r in node.target._schema.returns):
+        return None  # a view
+    variant = out_variant(node.target)
+    if variant is not None:
+        return Choice(variant, "library op with a planned output")
+    return Choice(Reference(node.target, str(node.target)), "the library op has no out-variant")
+
+
+def _dialect(program: Program, node: fx.Node) -> Choice:
+    op, args = OPS[node.target], arguments(node)
+    reference = Reference(op.reference, op.name)
+    if op in (LINEAR, HEAD):
+        stored = _weight(program, args["weight"]) is not None
+        return Choice(reference, str(_refused(program, node, None)), fallback=stored)
+    kernel: Kernel | str = "no Triton template"
+    if op is EMBEDDING:
+        table = _weight(program, args["weight"])
+        why = "the table is computed, not stored" if table is None else gather_refuses(table)
+        kernel = why if why is not None or table is None else GatherKernel(table)  # type: ignore[assignment]
+    elif op is RMS_NORM:
+        kernel = NormKernel()
+    elif op is QUANTIZED and int(args["bits"]) <= _ROUNDED:
+        kernel = RoundKernel()
+    reason = kernel if isinstance(kernel, str) else _strange(node)
+    if isinstance(kernel, str) or reason is not None:
+        decoded = [_weight(program, value) for value in args.values()]
+        slow = any(weight is not None and weight.encoding.name != "dense" for weight in decoded)
+        return Choice(reference, f"{op.name}: {reason}", fallback=slow)
+    return Choice(kernel, "a launch of its own")
+
+
+def _stored(node: fx.Node) -> tuple[str, ...]:
+    """The arguments that the kernel of a node takes as stored weights."""
+    taken = {
+        LINEAR.name: ("weight",),
+        HEAD.name: ("weight",),
+        EMBEDDING.name: ("weight",),
+        EXPERTS.name: ("gate_up", "down"),
+    }
+    return taken.get(OPS[node.target].name, ())
+
+
+def _unread(program: Program, node: fx.Node) -> str | None:
+    """Why a cached attention has no kernel, or None."""
+    return _covered(_site(program, node)) or _strange(node)
+
+
+@cache
+def _covered(site: Site) -> str | None:
+    return attention_triton.covers(site)
+
+
+def _site(program: Program, node: fx.Node) -> Site:
+    if program.cache is None:
+        raise SmeltError(f"{node.name} reads a cache, but {program.name} has no cache plan")
+    return replace(program.cache[int(arguments(node)["layer"])], layer=0)
+
+
+def _weight(program: Program, value: Any) -> Weight | None:
+    return program.weights[str(value.target)] if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def _strange(node: fx.Node) -> str | None:
+    """Why the tensors of a node do not fit a kernel, or None; types that were not derived are taken to fit."""
+    for name, value in arguments(node).items():
+        dtype = value.meta.get("dtype") if isinstance(value, fx.Node) else None
+        wanted = torch.int64 if name in ("ids", "positions") else torch.float32
+        if isinstance(dtype, torch.dtype) and dtype is not wanted:
+            return f"'{name}' is {str(dtype).removeprefix('torch.')}, kernels take {str(wanted).removeprefix('torch.')}"
+    return None

@@ -1,0 +1,153 @@
+"""Chains of pointwise ops as one Triton kernel: by themselves, or behind a product that has no place for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.ops import GATED, arguments
+from .fuse import Region
+from .plan import Run
+from .product_triton import ACTIVATIONS, lines
+from .regions_triton import Room
+from .rows import row_stride
+from .triton_module import load
+
+BLOCK = 1024  # columns of a program
+aten = torch.ops.aten
+
+
+def _scaled(a: str, b: str, alpha: float, sign: str) -> str:
+    return f"({a} {sign} {b})" if alpha == 1 else f"({a} {sign} {float(alpha)!r} * {b})"
+
+
+def _gelu(x: str, approximate: str = "none") -> str:
+    return f"{'gelu_tanh' if approximate == 'tanh' else 'gelu'}({x})"
+
+
+# each takes its arguments in Triton by position, and the others as they are: the ops of `pointwise.py`
+_OPS: dict[Any, Callable[..., str]] = {
+    aten.add.Tensor: lambda a, b, alpha=1: _scaled(a, b, alpha, "+"),
+    aten.sub.Tensor: lambda a, b, alpha=1: _scaled(a, b, alpha, "-"),
+    aten.mul.Tensor: lambda a, b: f"({a} * {b})",
+    aten.div.Tensor: lambda a, b: f"({a} / {b})",
+    aten.neg.default: lambda a: f"(-{a})",
+    aten.gelu.default: _gelu,
+    aten.relu.default: lambda a: f"relu({a})",
+    aten.sigmoid.default: lambda a: f"tl.sigmoid({a})",
+    aten.silu.default: lambda a: f"silu({a})",
+    aten.tanh.default: lambda a: f"(2 * tl.sigmoid(2 * {a}) - 1)",
+    GATED.target: lambda gate, up, act: f"({act}({gate}) * {up})",
+}
+
+
+def source(nodes: Sequence[fx.Node], operands: Sequence[fx.Node]) -> str:
+    """The kernel `pointwise` of a chain, a function of its operands in order."""
+    names = {node: f"v{i}" for i, node in enumerate(operands)}
+    body = [f"v{i} = tl.load(x{i} + row * x{i}_row + i, mask=inside, other=0)" for i in range(len(operands))]
+    for number, node in enumerate(nodes):
+        args = [_operand(value, names) for value in node.args]
+        body.append(f"p{number} = {_OPS[node.target](*args, **node.kwargs)}")
+        names[node] = f"p{number}"
+    return _TEMPLATE.format(
+        title=" → ".join(label(node) for node in nodes),
+        acts="\n\n".join(_ACT.format(act=act, value=value) for act, value in ACTIVATIONS.items() if act),
+        pointers=", ".join(f"x{i}" for i in range(len(operands))),
+        steps=", ".join(f"x{i}_row" for i in range(len(operands))),
+        body=lines(1, body),
+        value=names[nodes[-1]],
+    )
+
+
+def _operand(value: Any, names: Mapping[fx.Node, str]) -> Any:
+    if isinstance(value, fx.Node):
+        return names[value]
+    return repr(float(value)) if isinstance(value, int | float) else value
+
+
+@cache
+def _module(text: str) -> Any:
+    return load(text, "pointwise")
+
+
+def outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What a chain reads, in order."""
+    return list(dict.fromkeys(used for node in nodes for used in node.all_input_nodes if used not in nodes))
+
+
+def label(node: fx.Node) -> str:
+    """`silu_mul` for a gated product, else the op's own name."""
+    name = str(node.target).split(".")[1]
+    return f"{arguments(node)['act']}_mul" if name == "gated" else name
+
+
+def launch(text: str, operands: Sequence[tuple[torch.Tensor, int]], out: torch.Tensor) -> None:
+    """Run a kernel of `source`: out [M, N] from operands, each with its step from row to row."""
+    m, n = out.shape
+    tensors, steps = [x for x, _ in operands], [step for _, step in operands]
+    _module(text).pointwise[(m, -(-n // BLOCK))](*tensors, out, *steps, out.stride(0), n, BLOCK=BLOCK)
+
+
+def bind(
+    text: str, nodes: Sequence[fx.Node], room: Room, out: torch.Tensor, known: Mapping[fx.Node, torch.Tensor]
+) -> Run:
+    """A call that writes the contiguous `out`; `known`: operands whose values are not the graph's to ask for."""
+    n, operands = out.shape[-1], []
+    for node in nodes:
+        x = known[node] if node in known else room.value(node)
+        if x.dim() > 1 and row_stride(x) < 0:
+            x = room.copy(x)
+        operands.append((x, row_stride(x) if x.dim() > 1 else 0))
+    return partial(launch, text, operands, out.view(-1, n))
+
+
+@dataclass(frozen=True, eq=False)
+class PointwiseKernel:
+    """A chain of pointwise ops by itself."""
+
+    region: Region
+
+    @property
+    def name(self) -> str:
+        return ".".join(["triton.pointwise", *(label(node) for node in self.region.nodes)])
+
+    @cached_property
+    def source(self) -> str:
+        return source(self.region.nodes, outside(self.region.nodes))
+
+    def bind(self, room: Room) -> tuple[dict[fx.Node, torch.Tensor], list[Run]]:
+        """The chain's last value, and the call that writes it."""
+        operands = outside(self.region.nodes)
+        full = [shape for shape in (room.value(node).shape for node in operands) if len(shape) > 1]
+        out = room.take(*(full[0] if full else room.value(operands[0]).shape))
+        return {self.region.at: out}, [bind(self.source, operands, room, out, {})]
+
+
+_ACT = """\
+@triton.jit
+def {act}(v):
+    return {value}
+"""
+
+_TEMPLATE = '''\
+"""{title}, element by element"""
+
+import triton
+import triton.language as tl
+
+
+{acts}
+
+@triton.jit
+def pointwise({pointers}, y, {steps}, y_row, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < N
+{body}
+    tl.store(y + row * y_row + i, {value}, mask=inside)
+'''
