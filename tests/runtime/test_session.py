@@ -239,12 +239,17 @@ def test_a_step_allocates_nothing(stored: str, bits: int | None) -> None:
     assert session._bound[1, False].outputs["logits"] is logits
 
 
-def test_a_prompts_buffers_are_freed() -> None:
+def test_a_prompts_large_buffers_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(plan(), 1, 600)
     session.prefill([prompt(520)])
-    assert not session._bound
+    assert list(session._bound) == [(512, True), (8, True)]
+    held = [bound.nbytes for bound in session._bound.values()]
+    monkeypatch.setattr(session_module, "HELD", sum(held) // 2)
+    session.cache.restart()
+    session.prefill([prompt(520)])
+    assert list(session._bound) == [(8, True)]
     session.step(torch.tensor([[1]]), torch.tensor([[520]]))
-    assert list(session._bound) == [(1, False)]
+    assert list(session._bound) == [(8, True), (1, False)]
 
 
 def test_the_context_ends() -> None:
