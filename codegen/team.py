@@ -48,8 +48,8 @@ struct Rank {
 // a generation some 1 ms, which the choice of a token does not take.
 constexpr int PATIENCE = 4000, BETWEEN = 25000;
 // Who waits for a rank that long (ns) may wait for one that does not run, or for a large unit. Where such waits take a
-// quarter of a job it was late. So many late jobs, less those that were not, are trouble; then so many jobs are done with
-// one rank less, and more of them each time that did not help.
+// quarter of a job it was late. So many late jobs, less those that were not, are trouble; then so many jobs are done
+// with one rank less, and more of them each time that did not help.
 constexpr int64_t LATE = 1000000, TROUBLE = 4, REST = 64, MOST_REST = 1024;
 
 static inline void pause() {

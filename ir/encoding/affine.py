@@ -104,6 +104,13 @@ class Affine(Encoding):
         packed = self._pack(codes.to(torch.uint8).reshape(x.shape))
         return {"codes": packed, "scale": scale.squeeze(dim), **parts}
 
+    def parts(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Parts of codes that were chosen elsewhere: uint8 `[..., N, K]` below 2^bits, scales and zeros as stored."""
+        held = {"codes": self._pack(codes), "scale": scale}
+        return held if zero is None else {**held, "zero": zero}
+
     def decode(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`q * scale` or `q * scale + zero` in float32, then `dtype`."""
         codes = self._unpack(parts["codes"], shape).float()

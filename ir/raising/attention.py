@@ -27,7 +27,7 @@ def raise_attention(program: Program) -> int:
         # torch aligns the causal triangle at the first key, the dialect at the last: the same only for a square
         if a["is_causal"] and not statically_known_true(query.shape[2] == key.shape[2]):
             continue
-        mask = None if a["attn_mask"] is None else _of_rank_four(program, node, a["attn_mask"])
+        mask = None if a["attn_mask"] is None else of_rank_four(program, node, a["attn_mask"])
         scale = query.shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
         operands = (a["query"], a["key"], a["value"], mask, None, float(scale), bool(a["is_causal"]))
         rewrite(program, node, ATTENTION, *operands, None, None)
@@ -50,7 +50,7 @@ def drop_full_masks(program: Program) -> int:
     return count
 
 
-def _of_rank_four(program: Program, node: fx.Node, mask: Any) -> fx.Node:
+def of_rank_four(program: Program, node: fx.Node, mask: Any) -> fx.Node:
     """A mask that broadcasts to [B, H, T, S], of any rank before; the dialect takes two dimensions for [B, S]."""
     value = mask.meta["val"]
     with program.graph.inserting_before(node):

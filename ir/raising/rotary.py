@@ -64,7 +64,11 @@ def raise_rotary(program: Program) -> int:
 def _angles(node: Any) -> tuple[fx.Node, fx.Node] | None:
     """(positions, inv_freq) of cat(f, f) with f = (inv_freq ⊗ positions)ᵀ."""
     twice = match(_TWICE, node)
-    half = twice["half"] if twice is not None else None
+    return None if twice is None else angles_of(twice["half"])
+
+
+def angles_of(half: Any) -> tuple[fx.Node, fx.Node] | None:
+    """(positions, inv_freq) of (inv_freq ⊗ positions)ᵀ."""
     product = match(_OUTER, half) or match(_PRODUCT, half)
     if product is None:
         return None

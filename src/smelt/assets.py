@@ -29,10 +29,13 @@ class Assets:
 
 
 def model_assets(model: Any) -> Assets:
-    """The tokenizer files of a model folder or hub id, none of a module; transformers converts a slow tokenizer."""
+    """The tokenizer files of a model folder or hub id, none of a module; transformers converts a slow tokenizer.
+
+    Those of an .onnx file lie beside it, if it has any.
+    """
     if not isinstance(model, str | Path):
         return Assets()
-    folder = Path(model)
+    folder = Path(model).parent if Path(model).suffix == ".onnx" else Path(model)
     if not folder.is_dir():
         folder = _hub_folder(str(model))
     if not (folder / "tokenizer.json").is_file() and any((folder / name).is_file() for name in SLOW):

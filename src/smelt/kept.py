@@ -117,8 +117,9 @@ def _file(path: Path) -> bytes:
 def _code() -> str:
     """A hash of the code that compiles, and of the libraries that capture."""
     digest = hashlib.sha256(torch.__version__.encode())
-    with suppress(PackageNotFoundError):
-        digest.update(version("transformers").encode())
+    for library in ("transformers", "onnx"):
+        with suppress(PackageNotFoundError):
+            digest.update(version(library).encode())
     here = Path(__file__).parent
     for layer in LAYERS:
         for path in sorted((here / layer).rglob("*.py")):

@@ -17,6 +17,7 @@ import torch
 from .assets import NAMES, Assets
 from .codegen.lower import lower
 from .codegen.plan import Plan, Target
+from .export import Export, Progress, export_onnx
 from .inputs import check_inputs
 from .ir.errors import SmeltError, nearest
 from .ir.program import Program
@@ -208,6 +209,27 @@ class Compiled:
         if self.report is not None:
             facts["report"] = self.report.to_dict()
         artefact.save(Path(folder), self.program, self.assets.files, facts)
+
+    def export_onnx(
+        self,
+        folder: str | Path,
+        style: str = "standard",
+        *,
+        check: bool = True,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Export:
+        """Write an ONNX folder that other runtimes load, and check it by running it beside this model.
+
+        style: `standard` uses ONNX's own operators, `ort` those of onnxruntime too, for onnxruntime-genai. The folder
+        appears whole or not at all. options: allow_decoded (an encoding that ONNX cannot say is written as float32
+        instead of refused), and the style's own.
+        """
+        facts = {key: value for key, value in self.facts.items() if key != "report"}
+        return export_onnx(
+            self.program, self.plan, folder, style,
+            assets=self.assets.files, facts=facts, check=check, progress=progress, **options,
+        )  # fmt: skip
 
     def _start(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> tuple[Decoding, list[Stream], float]:
         """A decoding ready to run, one text stream a row where there is a tokenizer, and the time of the call."""

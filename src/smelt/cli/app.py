@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from .bench import bench
 from .compile import compile_
+from .export import export
 from .inspect import inspect_
 from .recipes import recipes
 from .run import run
@@ -74,6 +75,7 @@ def smelt(
 
 app.command("compile")(compile_)
 app.command("run")(run)
+app.command("export")(export)
 app.command("recipes")(recipes)
 app.command("inspect")(inspect_)
 app.command("verify")(verify)
