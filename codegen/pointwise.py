@@ -1,10 +1,10 @@
-"""Chains of pointwise ops as C++ on vectors of sixteen floats: epilogues of products, and kernels of their own."""
+"""Pointwise ops as expressions: in C++ on vectors of sixteen floats, and in Triton."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -14,31 +14,36 @@ from ..ir.ops import GATED
 aten = torch.ops.aten
 
 
-def _number(value: float) -> str:
-    return f"splat({float(value)!r}f)"
+class Printer(NamedTuple):
+    """How a language spells numbers and a * b + c; functions have the same names in all."""
+
+    number: Callable[[float], str]
+    fma: Callable[[str, str, str], str]
 
 
-def _scaled(a: str, b: str, alpha: float, sign: str) -> str:
-    return f"({a} {sign} {b})" if alpha == 1 else f"fma({b}, {_number(alpha if sign == '+' else -alpha)}, {a})"
+CPP = Printer(lambda value: f"splat({float(value)!r}f)", lambda a, b, c: f"fma({a}, {b}, {c})")
+TRITON = Printer(lambda value: repr(float(value)), lambda a, b, c: f"({a} * {b} + {c})")
 
 
-def _gelu(x: str, approximate: str = "none") -> str:
-    return f"{'gelu_tanh' if approximate == 'tanh' else 'gelu'}({x})"
+def _sum(to: Printer, a: str, b: str, alpha: float, sign: int) -> str:
+    if alpha == 1:
+        return f"({a} {'+' if sign > 0 else '-'} {b})"
+    return to.fma(b, to.number(sign * alpha), a)
 
 
-# each takes its arguments in C++ by position, and the others as they are
+# each takes its printer and its arguments as texts by position, and the others as they are
 _OPS: dict[Any, Callable[..., str]] = {
-    aten.add.Tensor: lambda a, b, alpha=1: _scaled(a, b, alpha, "+"),
-    aten.sub.Tensor: lambda a, b, alpha=1: _scaled(a, b, alpha, "-"),
-    aten.mul.Tensor: lambda a, b: f"({a} * {b})",
-    aten.div.Tensor: lambda a, b: f"({a} / {b})",
-    aten.neg.default: lambda a: f"(-{a})",
-    aten.gelu.default: _gelu,
-    aten.relu.default: lambda a: f"relu({a})",
-    aten.sigmoid.default: lambda a: f"sigmoid({a})",
-    aten.silu.default: lambda a: f"silu({a})",
-    aten.tanh.default: lambda a: f"tanh({a})",
-    GATED.target: lambda gate, up, act: f"({act}({gate}) * {up})",
+    aten.add.Tensor: lambda to, a, b, alpha=1: _sum(to, a, b, alpha, 1),
+    aten.sub.Tensor: lambda to, a, b, alpha=1: _sum(to, a, b, alpha, -1),
+    aten.mul.Tensor: lambda to, a, b: f"({a} * {b})",
+    aten.div.Tensor: lambda to, a, b: f"({a} / {b})",
+    aten.neg.default: lambda to, a: f"(-{a})",
+    aten.gelu.default: lambda to, a, approximate="none": f"{'gelu' if approximate == 'none' else 'gelu_tanh'}({a})",
+    aten.relu.default: lambda to, a: f"relu({a})",
+    aten.sigmoid.default: lambda to, a: f"sigmoid({a})",
+    aten.silu.default: lambda to, a: f"silu({a})",
+    aten.tanh.default: lambda to, a: f"tanh({a})",
+    GATED.target: lambda to, gate, up, act: f"({act}({gate}) * {up})",
 }
 
 
@@ -60,19 +65,22 @@ def _plain(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def printed(node: fx.Node, names: Mapping[fx.Node, str], to: Printer = CPP) -> str:
+    """The value of a node as an expression over the names of its inputs."""
+
+    def operand(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return names[value]
+        # the numbers of an op's tensors stand for tensors; a name, such as that of an activation, stands for itself
+        return to.number(value) if isinstance(value, int | float) else value
+
+    return _OPS[node.target](to, *map(operand, node.args), **node.kwargs)
+
+
 def statements(nodes: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> tuple[list[str], str]:
     """C++ that computes the nodes in order, and the name of the last one's value; `names` are those of its inputs."""
     known, lines = dict(names), []
     for i, node in enumerate(nodes):
-        args = [_operand(value, known, node) for value in node.args]
-        kwargs = {name: value for name, value in node.kwargs.items()}
-        lines.append(f"const f32x16 p{i} = {_OPS[node.target](*args, **kwargs)};")
+        lines.append(f"const f32x16 p{i} = {printed(node, known)};")
         known[node] = f"p{i}"
     return lines, known[nodes[-1]] if nodes else ""
-
-
-def _operand(value: Any, known: Mapping[fx.Node, str], node: fx.Node) -> Any:
-    if isinstance(value, fx.Node):
-        return known[value]
-    # the numbers of an op's tensors stand for tensors; a name, such as that of an activation, stands for itself
-    return _number(value) if isinstance(value, int | float) else value

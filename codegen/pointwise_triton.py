@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -10,39 +10,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.ops import GATED, arguments
+from ..ir.ops import arguments
 from .fuse import Region
 from .plan import Run
+from .pointwise import TRITON, printed
 from .product_triton import ACTIVATIONS, lines
 from .regions_triton import Room
 from .rows import row_stride
 from .triton_module import load
 
 BLOCK = 1024  # columns of a program
-aten = torch.ops.aten
-
-
-def _scaled(a: str, b: str, alpha: float, sign: str) -> str:
-    return f"({a} {sign} {b})" if alpha == 1 else f"({a} {sign} {float(alpha)!r} * {b})"
-
-
-def _gelu(x: str, approximate: str = "none") -> str:
-    return f"{'gelu_tanh' if approximate == 'tanh' else 'gelu'}({x})"
-
-
-# each takes its arguments in Triton by position, and the others as they are: the ops of `pointwise.py`
-_OPS: dict[Any, Callable[..., str]] = {
-    aten.add.Tensor: lambda a, b, alpha=1: _scaled(a, b, alpha, "+"),
-    aten.sub.Tensor: lambda a, b, alpha=1: _scaled(a, b, alpha, "-"),
-    aten.mul.Tensor: lambda a, b: f"({a} * {b})",
-    aten.div.Tensor: lambda a, b: f"({a} / {b})",
-    aten.neg.default: lambda a: f"(-{a})",
-    aten.gelu.default: _gelu,
-    aten.relu.default: lambda a: f"relu({a})",
-    aten.sigmoid.default: lambda a: f"tl.sigmoid({a})",
-    aten.silu.default: lambda a: f"silu({a})",
-    aten.tanh.default: lambda a: f"(2 * tl.sigmoid(2 * {a}) - 1)",
-    GATED.target: lambda gate, up, act: f"({act}({gate}) * {up})",
+# functions of the ops, by the names that `pointwise.py` gives them
+_FUNCTIONS = {
+    **{act: value for act, value in ACTIVATIONS.items() if act},
+    "sigmoid": "tl.sigmoid(v)",
+    "tanh": "2 * tl.sigmoid(2 * v) - 1",
 }
 
 
@@ -51,23 +33,16 @@ def source(nodes: Sequence[fx.Node], operands: Sequence[fx.Node]) -> str:
     names = {node: f"v{i}" for i, node in enumerate(operands)}
     body = [f"v{i} = tl.load(x{i} + row * x{i}_row + i, mask=inside, other=0)" for i in range(len(operands))]
     for number, node in enumerate(nodes):
-        args = [_operand(value, names) for value in node.args]
-        body.append(f"p{number} = {_OPS[node.target](*args, **node.kwargs)}")
+        body.append(f"p{number} = {printed(node, names, TRITON)}")
         names[node] = f"p{number}"
     return _TEMPLATE.format(
         title=" → ".join(label(node) for node in nodes),
-        acts="\n\n".join(_ACT.format(act=act, value=value) for act, value in ACTIVATIONS.items() if act),
+        acts="\n\n".join(_ACT.format(act=act, value=value) for act, value in _FUNCTIONS.items()),
         pointers=", ".join(f"x{i}" for i in range(len(operands))),
         steps=", ".join(f"x{i}_row" for i in range(len(operands))),
         body=lines(1, body),
         value=names[nodes[-1]],
     )
-
-
-def _operand(value: Any, names: Mapping[fx.Node, str]) -> Any:
-    if isinstance(value, fx.Node):
-        return names[value]
-    return repr(float(value)) if isinstance(value, int | float) else value
 
 
 @cache
