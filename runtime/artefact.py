@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +20,7 @@ from safetensors.torch import save_file
 from ..ir.capture.checkpoint import read_header
 from ..ir.encoding import parse as parse_encoding
 from ..ir.errors import SmeltError
+from ..ir.folders import sha256, whole
 from ..ir.program import Program
 from ..ir.text import parse_program, print_program
 from ..ir.weight import Mapped, Weight
@@ -40,20 +38,8 @@ def save(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Map
     folder = Path(folder).resolve()
     if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SmeltError(f"{folder}: exists and is not a smelt artefact; choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # a neighbour, because only within one file system a folder moves at once
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            draft = work / "new"
-            draft.mkdir()
-            _write(draft, program, assets, facts)
-            _replace(folder, draft, work / "old")
-        finally:
-            if folder.exists() or not (work / "old").exists():  # else what was replaced could not be put back
-                shutil.rmtree(work, ignore_errors=True)
-    except OSError as fault:
-        raise SmeltError(f"{folder}: cannot be written ({fault.strerror or fault})") from fault
+    with whole(folder) as draft:
+        _write(draft, program, assets, facts)
 
 
 def load(folder: Path) -> tuple[Program, dict[str, Any]]:
@@ -81,7 +67,7 @@ def load(folder: Path) -> tuple[Program, dict[str, Any]]:
 
 
 def _check(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
-    if _sha256(folder / name) != manifest["files"][name]:
+    if sha256(folder / name) != manifest["files"][name]:
         raise SmeltError(
             f"{folder / name}: content does not match its hash in {MANIFEST}; the file was altered or damaged"
         )
@@ -103,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file() or not (folder / SEAL).is_file():
         raise SmeltError(f"{folder}: not a smelt artefact (no {MANIFEST} and {SEAL}), or one that was half copied")
-    if _sha256(path).encode() != (folder / SEAL).read_bytes():
+    if sha256(path).encode() != (folder / SEAL).read_bytes():
         raise SmeltError(f"{path}: content does not match {SEAL}; the file was altered or damaged")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -135,13 +121,10 @@ def _write(draft: Path, program: Program, assets: Mapping[str, bytes], facts: Ma
         name: {"shape": list(w.shape), "encoding": w.encoding.spec(), "parts": sorted(w.parts)}
         for name, w in program.weights.items()
     }
-    files = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+    files = {path.name: sha256(path) for path in sorted(draft.iterdir())}
     manifest = {**facts, "format": FORMAT, "weights": weights, "files": files}
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    (draft / SEAL).write_text(_sha256(draft / MANIFEST))
-    for path in draft.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    (draft / SEAL).write_text(sha256(draft / MANIFEST))
 
 
 def _tensors(program: Program) -> dict[str, torch.Tensor]:
@@ -155,19 +138,6 @@ def _tensors(program: Program) -> dict[str, torch.Tensor]:
             out[f"{name}/{part}"] = tensor.clone() if at in taken else tensor
             taken.add(at)
     return out
-
-
-def _replace(folder: Path, draft: Path, old: Path) -> None:
-    """Move the draft to its place; what stood there goes to `old`, and comes back if that fails."""
-    if not folder.exists():
-        draft.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        draft.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
 
 
 def _weights(folder: Path, table: Mapping[str, Any]) -> dict[str, Weight]:
@@ -188,8 +158,3 @@ def _weights(folder: Path, table: Mapping[str, Any]) -> dict[str, Weight]:
             )
         weights[name] = weight
     return weights
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...ir.errors import SmeltError
+from ...ir.folders import sha256, whole
 from .builder import IR_VERSION, OPSET, Builder, Tensor
 
 MODEL, DATA, MANIFEST = "model.onnx", "model.onnx.data", "smelt.json"
@@ -46,27 +44,14 @@ def write_folder(
     accept: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> int:
     """Write everything beside `folder`, check it there, and move it to its place; returns the bytes of all files."""
-    folder = folder.resolve()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            draft = work / "new"
-            draft.mkdir()
-            _write(draft, model, builder, files, progress)
-            told = {**manifest, "files": {path.name: _sha256(path) for path in sorted(draft.iterdir())}}
+    with whole(folder.resolve()) as draft:
+        _write(draft, model, builder, files, progress)
+        told = {**manifest, "files": {path.name: sha256(path) for path in sorted(draft.iterdir())}}
+        (draft / MANIFEST).write_text(json.dumps(told, indent=1), encoding="utf-8")
+        if accept is not None:
+            told |= accept(draft, told)
             (draft / MANIFEST).write_text(json.dumps(told, indent=1), encoding="utf-8")
-            if accept is not None:
-                told |= accept(draft, told)
-                (draft / MANIFEST).write_text(json.dumps(told, indent=1), encoding="utf-8")
-            size = sum(path.stat().st_size for path in draft.iterdir())
-            _replace(folder, draft, work / "old")
-        finally:
-            if folder.exists() or not (work / "old").exists():
-                shutil.rmtree(work, ignore_errors=True)
-    except OSError as fault:
-        raise SmeltError(f"{folder}: cannot be written ({fault.strerror or fault})") from fault
-    return size
+        return sum(path.stat().st_size for path in draft.iterdir())
 
 
 def _write(
@@ -81,9 +66,6 @@ def _write(
         (draft / name).write_bytes(content)
     progress("checking", 0, 1)
     _check(draft / MODEL, builder)
-    for path in draft.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _write_tensors(draft: Path, model: Any, tensors: list[Tensor], progress: Callable[[str, int, int], None]) -> None:
@@ -120,21 +102,3 @@ def _check(path: Path, builder: Builder) -> None:
         checker.check_model(str(path), full_check=True)
     except Exception as fault:  # its errors share no class: types, shapes and structure each have their own
         raise RuntimeError(f"{builder.name}: onnx refuses the exported graph: {fault}") from fault
-
-
-def _replace(folder: Path, draft: Path, old: Path) -> None:
-    """Move the draft to its place; what stood there goes to `old`, and comes back if that fails."""
-    if not folder.exists():
-        draft.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        draft.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -225,7 +225,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 FAULTS = {
     "the first file": ("smelt.runtime.artefact.save_file", 1),
-    "a hash": ("smelt.runtime.artefact._sha256", 2),
+    "a hash": ("smelt.runtime.artefact.sha256", 2),
     "writing to the disk": ("os.fsync", 3),
     "moving the old one away": ("pathlib.Path.rename", 1),
     "moving the new one there": ("pathlib.Path.rename", 2),
