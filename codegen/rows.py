@@ -71,7 +71,7 @@ def function(name: str) -> Function:
 
 def copied(x: torch.Tensor, out: torch.Tensor) -> Call | None:
     """A call that copies x of any strides to the contiguous `out` of its shape; None where no kernel does."""
-    if x.dtype is not torch.float32 or x.dim() > 4:
+    if {x.dtype, out.dtype} != {torch.float32} or x.dim() > 4:
         return None
     shape, steps = [1] * (4 - x.dim()) + list(x.shape), [0] * (4 - x.dim()) + list(x.stride())
     return call(function("copy"), x, out, *shape, *steps, writes=[out], work=2 * x.numel())

@@ -47,8 +47,12 @@ def capture_hf(source: str | Path | nn.Module) -> Program:
     with evaluating(model):
         program = to_program(_export(model, decoder, name), name, inputs, outputs, weight, tied_names(model))
         program.facts = _facts(config, decoder, folder)
+        through_interface = set(program.calls(ATTENTION))
         raise_program(program)
-        if decoder and not all(arguments(node)["causal"] for node in program.calls(ATTENTION)):
+        open_ended = [node for node in program.calls(ATTENTION) if not arguments(node)["causal"]]
+        if decoder and not through_interface.issuperset(open_ended):  # its mask was not asked for, and is missing
+            raise SmeltError(f"{name}: cannot be captured; {suspect(model)}")
+        if decoder and open_ended:
             raise SmeltError(
                 f"{name}: its attention looks both ways (is_decoder is false), so it cannot generate; "
                 "load it without its language-model head, as an encoder"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .codegen.build import cache
+from .ir.capture import is_onnx
 from .ir.errors import SmeltError
 from .ir.program import Program
 from .passes.report import Report
@@ -54,8 +55,9 @@ def key(recipe: str, sources: Sequence[Any], calibration: Any) -> str | None:
     for piece in (_code(), recipe, *_calibration(calibration)):
         digest.update(piece.encode() + b"\0")
     for folder in dict.fromkeys(map(Path, sources)):
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            digest.update(path.name.encode() + _file(path))
+        inside = folder.rglob("*") if is_onnx(folder) else folder.iterdir()  # an .onnx may name data in subfolders
+        for path in sorted(path for path in inside if path.is_file()):
+            digest.update(str(path.relative_to(folder)).encode() + _file(path))
     return digest.hexdigest()[:32]
 
 

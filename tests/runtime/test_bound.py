@@ -132,6 +132,25 @@ def test_equals_a_plain_module(rows: int) -> None:
         assert off(ran(bind(program, {name: x}, target)), wanted) < TOLERANCE
 
 
+class Converted(torch.nn.Module):
+    """Values that change their type on the way, and change it back."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        wide = (x * 10).double()
+        return wide.float(), wide.round().float(), (x * 10).to(torch.int32).to(torch.int8).float(), (x * 2).half()
+
+
+@pytest.mark.parametrize("target", ["cpp", "torch"])
+def test_a_change_of_type_is_no_copy_of_bytes(target: Any) -> None:
+    module = Converted().eval()
+    program = capture_module(module, (random(5, 24),))
+    derive(program)
+    x = random(3, 24, seed=3)
+    (name,) = program.inputs
+    wanted = dict(zip(program.outputs, module(x), strict=True))
+    assert off(ran(bind(program, {name: x}, target)), wanted) == 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounded_activations_equal_the_interpreter(family: str) -> None:
     """To the bits of the plain meaning of `quantized`, but where a value lies between two codes: few texts have one."""

@@ -7,19 +7,17 @@ several lengths becomes the attribute of attention, and what equals 0, 1, 2, …
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from ...errors import SmeltError
 from ...ops import ATTENTION, EMBEDDING, arguments
 from ...program import Program
+from .beside import beside
 from .graph import Node, Port
 from .known import Known
 from .load import Model
@@ -133,12 +131,12 @@ def counted(module: OnnxModule, decoder: Decoder) -> tuple[str, ...]:
             if value.dim() == 2 and value.shape[1] == meant.shape[1] and bool((value == meant).all()):
                 seen.add(name)
 
-        module.watch = watch
+        module.watch, module.doubting = watch, True
         module.added = {POSITIONS: positions}
         try:
             module(*decoder.arrange(tokens, positions))
         finally:
-            module.watch = None
+            module.watch, module.doubting = None, False
         found = seen if found is None else found & seen
     return tuple(sorted(found or ()))
 
@@ -167,42 +165,20 @@ def settle_masks(program: Program, where: str) -> str | None:
 
 def facts(program: Program, model: Model, decoder: Decoder, tables: Mapping[str, int]) -> dict[str, Any]:
     """What generation needs to know, from the graph and the files beside it."""
-    told = _configuration(model.folder)
+    told = beside(model.folder)
     words = next((n for n in program.calls(EMBEDDING) if _reads(arguments(n)["ids"], "tokens")), None)
     head = program.outputs["logits"].meta["val"].shape[-1]
-    limits = [size for size in (told.get("context_length"), *tables.values()) if size]
-    eos = told.get("eos_token_id")
+    limits = [size for size in (told.context, *tables.values()) if size]
     made = {
         "kind": "decoder",
-        "family": str(told.get("type") or "onnx"),
+        "family": told.family or "onnx",
         "vocabulary": int(head),
         "context": int(min(limits)) if limits else None,
-        "eos": [] if eos is None else [int(e) for e in (eos if isinstance(eos, list) else [eos])],
+        "eos": list(told.eos),
     }
     if words is not None:
         made["hidden"] = int(program.weights[str(arguments(words)["weight"].target)].shape[1])
     return made
-
-
-def _configuration(folder: Path) -> dict[str, Any]:
-    """`context_length`, `eos_token_id` and `type` of genai_config.json, or the same of config.json."""
-    for name in ("genai_config.json", "config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as fault:
-            raise SmeltError(f"{path}: cannot be read as JSON ({fault})") from fault
-        if name == "genai_config.json":
-            found = read.get("model") if isinstance(read, dict) else None
-            return found if isinstance(found, dict) else {}
-        return {
-            "context_length": read.get("max_position_embeddings") or read.get("n_positions"),
-            "eos_token_id": read.get("eos_token_id"),
-            "type": read.get("model_type"),
-        }
-    return {}
 
 
 def tables(program: Program) -> dict[str, int]:

@@ -19,6 +19,9 @@ from .decoder import POSITIONS, SYMBOLS, Decoder, counted, facts, find_decoder, 
 from .load import FILE, Model, load
 from .module import OnnxModule
 from .ops.attention import every_query_sees
+from .rounding import with_rounding
+from .rows import with_rows
+from .steps import is_step, whole_text
 from .trace import Feed, example_sizes, feeds_of, trace
 from .weights import adopt
 
@@ -35,13 +38,20 @@ def capture_onnx(source: Path) -> Program:
 
 def capture_model(model: Model, name: str) -> Program:
     """A Program of a checked model: a decoder if it is one, else the graph as it is."""
-    adopted = adopt(model)
+    with torch.no_grad():
+        adopted = with_rows(adopt(with_rounding(model)))
+    must = is_step(model)  # be a decoder
+    if must:
+        with torch.no_grad():
+            adopted = whole_text(adopted)
+        model = adopted.model
     parts, why = find_decoder(model), None
+    must = must or bool(parts is not None and parts.past)
     with torch.no_grad():
         if parts is not None:
-            found = _try_decoder(OnnxModule(with_positions(adopted.model), weights=adopted.weights), parts, name)
+            found = _try_decoder(OnnxModule(with_positions(adopted.model), weights=adopted.weights), parts, name, must)
             why = found if isinstance(found, str) else None
-            if why is not None and parts.past:
+            if why is not None and must:
                 raise SmeltError(f"{model.where}: is a decoder with a cache, but {why}")
         if parts is None or why is not None:
             found = _plain(OnnxModule(adopted.model, weights=adopted.weights), name)
@@ -66,12 +76,12 @@ def _plain(module: OnnxModule, name: str) -> Program:
     return program
 
 
-def _try_decoder(module: OnnxModule, parts: Decoder, name: str) -> Program | str:
-    """A decoder, or why it is none; without past inputs, a graph that cannot be captured as one may be anything."""
+def _try_decoder(module: OnnxModule, parts: Decoder, name: str, must: bool) -> Program | str:
+    """A decoder, or why it is none; what need not be one may be anything if it cannot be captured as one."""
     try:
         return _decoder(module, parts, name)
     except SmeltError as fault:
-        if parts.past:
+        if must:
             raise
         return f"cannot be captured as one: {fault}"
 

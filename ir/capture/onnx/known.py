@@ -199,6 +199,12 @@ def _expand(a: Array, shape: Array) -> Array:
     return np.broadcast_to(a, np.broadcast_shapes(a.shape, tuple(int(d) for d in shape)))
 
 
+def _tile(a: Array, repeats: Array) -> Array:
+    if a.size * math.prod(map(int, repeats)) > MOST:
+        raise NotImplementedError
+    return np.tile(a, repeats.tolist())
+
+
 def _reduce(ufunc: Any) -> Callable[..., Array]:
     def rule(
         a: Array, given: Array | None = None, axes: Any = None, keepdims: int = 1, noop_with_empty_axes: int = 0
@@ -274,7 +280,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "Flatten": lambda a, axis=1: a.reshape(math.prod(a.shape[: axis % (a.ndim + 1)]), -1),
     "Transpose": lambda a, perm=None: np.transpose(a, perm),
     "Expand": _expand,
-    "Tile": lambda a, repeats: np.tile(a, repeats.tolist()),
+    "Tile": _tile,
     "ReduceSum": _reduce(np.add),
     "ReduceProd": _reduce(np.multiply),
     "Split": _split,

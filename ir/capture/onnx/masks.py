@@ -32,15 +32,16 @@ Look: TypeAlias = Callable[[int, int, Changes], Mapping[str, torch.Tensor]]  # l
 def meanings(look: Look, names: Sequence[str], numbers: Mapping[Hashable, float]) -> dict[str, Meaning | str]:
     """What each of the masks that `look` gives means; `numbers` are those that they are computed with, by place."""
     looked = {abs(int(n)) for n in numbers.values() if 1 < abs(n) <= WIDEST}
-    lengths = sorted({*LENGTHS, *(m for n in looked for m in (n, n + 1, n + 3) if m > LENGTHS[-1])})
+    lengths = sorted({*LENGTHS, *(m for n in looked for m in (n + 1, n + 3) if m > LENGTHS[-1])})
     found = _seen(look, names, lengths, {})
-    made = {name: meaning(values) for name, values in found.items()}
+    plain = {name: meaning(values) for name, values in found.items()}
+    made = dict(plain)
     for place, number in numbers.items():
         if not WIDEST < abs(number) < _ENDLESS:
             continue
         tried = [_tried(look, names, place, math.copysign(trial, number)) for trial in _TRIALS]
         for name in names:
-            made[name] = _judged(made[name], number, [trial[name] for trial in tried])
+            made[name] = _narrower(made[name], _judged(plain[name], number, [trial[name] for trial in tried]))
     return made
 
 
@@ -73,8 +74,15 @@ def _judged(before: Meaning | str, number: float, tried: Sequence[Meaning | str 
     beyond = {width - trial for width, trial in zip(windows, _TRIALS, strict=False) if width is not None}
     if not before[0] or len(windows) != len(tried) or None in windows or len(beyond) != 1:
         return f"depends on the number {number:g} in a way that is no window"
-    width = abs(int(number)) + beyond.pop()
-    return True, width if before[1] is None else min(before[1], width)
+    return True, abs(int(number)) + beyond.pop()
+
+
+def _narrower(one: Meaning | str, other: Meaning | str) -> Meaning | str:
+    """Of two windows the narrower one; what is neither stays."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one if isinstance(one, str) else other
+    widths = [width for width in (one[1], other[1]) if width is not None]
+    return one[0] or other[0], min(widths) if widths else None
 
 
 def _visible(mask: torch.Tensor) -> torch.Tensor:

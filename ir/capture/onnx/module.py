@@ -18,6 +18,7 @@ from .kinds import NARROW, carry, marked
 from .known import MOST, Known, cast, compute, has_numpy_type, numpy_type
 from .load import Model, schema_function
 from .registry import INTS, NUMBER, OPERAND, TENSOR, Body, DType, Kind, Rule, Value, find, refusal, refuse_attributes
+from .room import require_room
 from .stored import Stored, dtype_of
 
 Scope = dict[str, Any]  # values by name: tensors, Known, lists (sequences), None (an optional that is empty)
@@ -36,6 +37,7 @@ class OnnxModule(nn.Module):
         self.model, self.exact = model, exact
         self.weights = dict(weights or {})
         self.held: dict[str, torch.Tensor] = {}
+        self.doubting = False  # asks before each op whether its result fits into memory
         self.watch: Callable[[str, Any], None] | None = None  # is told every value of the main graph
         self.replaced: dict[str, Any] = {}  # values by name that stand for what the graph computes
         self.added: dict[str, Any] = {}  # values by name that nodes read beside the file's inputs
@@ -59,7 +61,7 @@ class OnnxModule(nn.Module):
         return tuple(self._value(scope[port.name]) for port in graph.outputs)
 
     def _run(self, nodes: tuple[Node, ...], scope: Scope, kept: set[str], given: Mapping[str, Any]) -> None:
-        last = {name: node for node in nodes for name in _reads(node)}
+        last = {name: node for node in nodes for name in reads(node)}
         dying: dict[int, list[str]] = {}
         for name, node in last.items():
             dying.setdefault(id(node), []).append(name)
@@ -149,6 +151,8 @@ class OnnxModule(nn.Module):
             attributes["outputs"] = len(node.outputs)
         if self.replaced and rule.name == "Reshape":
             values[1] = _widened(values[0], values[1])
+        if self.doubting:
+            require_room(rule.function, values, attributes)
         made = rule.function(*values, **attributes)
         return tuple(made) if isinstance(made, tuple) else (made,)
 
@@ -235,11 +239,11 @@ def _widened(x: torch.Tensor, to: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x.shape[0], *to[1:]) if one_row and isinstance(x.shape[0], torch.SymInt) else to
 
 
-def _reads(node: Node) -> Iterable[str]:
+def reads(node: Node) -> Iterable[str]:
     """Names that a node reads, those of its inner graphs among them."""
     yield from filter(None, node.inputs)
     for value in node.attributes.values():
         if isinstance(value, Graph):
             for inner in value.nodes:
-                yield from _reads(inner)
+                yield from reads(inner)
             yield from (port.name for port in value.outputs)

@@ -95,11 +95,11 @@ class _Reader:
                 self.users.setdefault(name, []).append((node, i))
 
     def given(self, node: Node, index: int) -> Stored | None:
-        """An input that the file stores, perhaps in another shape."""
+        """An input that the file stores, perhaps in another shape or as narrower floats."""
         if self.is_absent(node, index):
             return None
         name, shape = node.inputs[index], None
-        while (made := self.made_by.get(name)) is not None and made.op in ("Reshape", "Identity") and not made.domain:
+        while (made := self.made_by.get(name)) is not None and self._passes(made):
             told = self.tensors.get(made.inputs[1]) if made.op == "Reshape" else None
             if made.op == "Reshape" and told is None:
                 return None
@@ -109,6 +109,14 @@ class _Reader:
         if stored is None or shape is None:
             return stored
         return replace(stored, shape=shape) if min(shape) > 0 and math.prod(shape) == stored.count else None
+
+    def _passes(self, node: Node) -> bool:
+        """Whether a node leaves values as they are; a cast does that to stored halves."""
+        if node.domain or node.op != "Cast":
+            return not node.domain and node.op in ("Reshape", "Identity")
+        stored = self.tensors.get(node.inputs[0])
+        halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        return node.attributes.get("to") == TensorProto.FLOAT and stored is not None and stored.kind in halves
 
     def is_absent(self, node: Node, index: int) -> bool:
         """No such input."""
