@@ -29,6 +29,7 @@ from .gemm_triton import TritonProduct, source
 from .gemv import name as encoding_name
 from .gemv_triton import source as gemv_source
 from .plan import Run
+from .pointwise import label, outside
 from .product_triton import POINTERS, K, Product
 from .regions_triton import Fused, Room, rows
 from .rows_triton import rms_norm
@@ -96,13 +97,13 @@ class ProductsKernel:
         chain = self.region.chains[0]
         words = ["triton", encoding_name(self._weight(chain.products[0]).encoding)]
         words += ["rms_norm"] if self.region.before else []
-        return ".".join([*words, *map(pointwise.label, chain.tail)])
+        return ".".join([*words, *map(label, chain.tail)])
 
     @property
     def source(self) -> str:
         step = next(step for step in self.steps if isinstance(step, Step))
         product = replace(step.product, norm=bool(self.region.before))
-        rest = [pointwise.source(s.nodes, pointwise.outside(s.nodes)) for s in self.steps if isinstance(s, Plain)]
+        rest = [pointwise.source(s.nodes, outside(s.nodes)) for s in self.steps if isinstance(s, Plain)]
         return "\n\n".join([_sources(product), *rest])
 
     @cached_property
@@ -159,7 +160,7 @@ class ProductsKernel:
         known: dict[fx.Node, torch.Tensor] = {}
         for step in self.steps:
             if isinstance(step, Plain):
-                operands, into = pointwise.outside(step.nodes), known[step.into]
+                operands, into = outside(step.nodes), known[step.into]
                 runs.append(pointwise.bind(pointwise.source(step.nodes, operands), operands, room, into, known))
                 known[step.nodes[-1]] = into
                 continue

@@ -12,7 +12,6 @@ from ctypes import Structure, addressof, c_double, c_float, c_int64, c_void_p
 
 import torch
 
-from ..ir.errors import SmeltError
 from .rows_source import MATH
 from .unit import Call, Function, packed
 
@@ -26,8 +25,7 @@ class _Choice(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("on", "rows", "tokens", "seed", "moves", "tables")),
         ("temperature", c_float),
-        *((name, c_void_p) for name in ("best", "requests", "positions", "chosen", "ids", "running")),
-        ("counts", c_void_p * 64),
+        *((name, c_void_p) for name in ("best", "requests", "positions", "chosen", "ids", "running", "counts")),
     )
 
 
@@ -74,12 +72,9 @@ class Chooser:
 
     def move(self, running: Sequence[bool], counts: Sequence[torch.Tensor]) -> None:
         """After a choice, feed it to the rows that are `running`; `counts` are the tables of `Cache.tables`."""
-        if len(counts) > len(self._choice.counts):
-            raise SmeltError(f"a cache of {len(counts)} different schedules is more than {len(self._choice.counts)}")
         self._running.copy_(torch.tensor(running))
-        self._choice.moves, self._choice.tables = 1, len(counts)
-        for i, table in enumerate(counts):
-            self._choice.counts[i] = table.data_ptr()
+        self._tables = (c_void_p * len(counts))(*(table.data_ptr() for table in counts))
+        self._choice.moves, self._choice.tables, self._choice.counts = 1, len(counts), addressof(self._tables)
 
     def stop(self) -> None:
         """Only compute logits again."""
@@ -102,7 +97,7 @@ struct Choice {
   const int64_t *requests;
   int64_t *positions, *chosen, *ids;
   const int64_t* running;
-  int32_t* counts[64];
+  int32_t* const* counts;
 };
 
 // log x to 1e-15, of positive normal numbers: 2 atanh((m - 1) / (m + 1)) of the mantissa, sqrt(1/2) <= m < sqrt 2

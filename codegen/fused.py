@@ -17,7 +17,7 @@ from . import interleave, loops, product
 from .arena import Arena
 from .fuse import Chain, Region
 from .gemv import name as encoding_name
-from .pointwise import statements
+from .pointwise import label, outside, statements
 from .rows import function as row_function
 from .rows import row_stride
 from .rows_source import MATH
@@ -60,7 +60,7 @@ class ProductKernel:
         chain = self.region.chains[0]
         words = [encoding_name(self._weight(chain.products[0]).encoding)]
         words += ["int8"] if self.region.width else []
-        return ".".join([*words, *(_label(node) for node in chain.tail)])
+        return ".".join([*words, *(label(node) for node in chain.tail)])
 
     @property
     def source(self) -> str:
@@ -167,7 +167,7 @@ class PointwiseKernel:
 
     @property
     def name(self) -> str:
-        return ".".join(["pointwise", *(_label(node) for node in self.region.nodes)])
+        return ".".join(["pointwise", *(label(node) for node in self.region.nodes)])
 
     @property
     def source(self) -> str:
@@ -176,8 +176,7 @@ class PointwiseKernel:
     @cached_property
     def operands(self) -> list[fx.Node]:
         """What the chain reads, in order."""
-        used = (used for node in self.region.nodes for used in node.all_input_nodes if used not in self.region.nodes)
-        return list(dict.fromkeys(used))
+        return outside(self.region.nodes)
 
     @cached_property
     def _function(self) -> Function:
@@ -227,12 +226,6 @@ class QuantizeKernel:
         rest = (value(args["weight"]), float(args["eps"]), float(args["offset"]), spare)
         name = row_function("rms_norm_quantize")
         return call(name, x, *out, *sizes, *rest, writes=[*out, spare], work=6 * x.numel())
-
-
-def _label(node: fx.Node) -> str:
-    """`silu_mul` for a gated product, else the op's own name."""
-    name = str(node.target).split(".")[1]
-    return f"{arguments(node)['act']}_mul" if name == "gated" else name
 
 
 _POINTWISE = """\

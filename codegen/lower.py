@@ -16,15 +16,13 @@ from ..ir.program import Program
 from ..ir.weight import Weight
 from . import attention, experts, gemv
 from .arena import Arena
+from .choices import is_encoded, refuse_fallbacks, strange, takes_encoded, weight_of
 from .fuse import Region, fuse
 from .fused import PointwiseKernel, ProductKernel, QuantizeKernel
 from .gather import gather_kernel
 from .kernels import AttentionKernel, CacheReference, Reference, RowOp, out_variant
 from .plan import Choice, Plan, Target
 from .rows import row_kernel
-
-_TAKES_ENCODED = {"linear": ("weight",), "head": ("weight",), "embedding": ("weight",), "experts": ("gate_up", "down")}
-_INTEGERS = ("ids", "positions", "chosen")  # arguments of kernels that are int64; all others are float32
 
 
 def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Plan:
@@ -48,23 +46,19 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
         if choice is not None:
             choices[node.name] = choice
             if node.target in OPS:
-                encoded[node.name] = _TAKES_ENCODED.get(OPS[node.target].name, ())
-    refused = [f"{name}: {c.why}" for name, c in choices.items() if c.fallback]
-    if refused and not fallback:
-        raise SmeltError(
-            f"target {target} has no fast kernel for {len(refused)} nodes of {program.name}, first {refused[0]}; "
-            "choose another encoding, or allow fallback=True to run them as torch ops"
-        )
+                encoded[node.name] = takes_encoded(node)
+    if not fallback:
+        refuse_fallbacks(program, target, choices)
     arena = Arena()
     return Plan(program, target, choices, encoded, tuple((r, _fused(r, program, arena)) for r in regions))
 
 
 def _refused(program: Program, node: fx.Node, width: int | None) -> str | None:
     """Why a product has no generated kernel, or None; `width` as in `Region`."""
-    weight = _weight(program, arguments(node)["weight"])
+    weight = weight_of(program, arguments(node)["weight"])
     if weight is None:
         return "the matrix is computed, not stored"
-    reason = gemv.covers(weight.encoding, weight.shape, width) or _strange(node)
+    reason = gemv.covers(weight.encoding, weight.shape, width) or strange(node)
     return f"gemv of {weight.encoding}: {reason}" if reason else None
 
 
@@ -97,7 +91,7 @@ def _library(node: fx.Node, target: Target) -> Choice:
     """The choice of an ATen op."""
     overload: Any = node.target
     kernel = row_kernel(overload)
-    if target == "cpp" and not isinstance(kernel, str) and _strange(node) is None:
+    if target == "cpp" and not isinstance(kernel, str) and strange(node) is None:
         return Choice(RowOp(kernel), "row-wise template: the same bits in every row")
     variant = out_variant(overload)
     if variant is not None:
@@ -111,25 +105,25 @@ def _dialect(program: Program, node: fx.Node, target: Target) -> Choice:
     if target == "torch":
         return Choice(reference, "target torch runs the reference")
     args = arguments(node)
-    weight = _weight(program, args.get("weight"))
+    weight = weight_of(program, args.get("weight"))
     if op in (LINEAR, HEAD):
         return Choice(reference, str(_refused(program, node, None)), fallback=weight is not None)
     if op is EXPERTS:
-        return _experts(node, _weight(program, args["gate_up"]), _weight(program, args["down"]), reference)
+        return _experts(node, weight_of(program, args["gate_up"]), weight_of(program, args["down"]), reference)
     if op is EMBEDDING:
         kernel = gather_kernel(weight) if weight is not None else "the table is computed, not stored"
     else:
         kernel = row_kernel(op.target)
-    reason = kernel if isinstance(kernel, str) else _strange(node)
+    reason = kernel if isinstance(kernel, str) else strange(node)
     if isinstance(kernel, str) or reason is not None:
-        return Choice(reference, f"{op.name}: {reason}", fallback=_is_encoded(program, args))
+        return Choice(reference, f"{op.name}: {reason}", fallback=is_encoded(program, args))
     return Choice(RowOp(kernel), "row-wise template")
 
 
 def _experts(node: fx.Node, gate_up: Weight | None, down: Weight | None, reference: Reference) -> Choice:
     if gate_up is None or down is None:
         return Choice(reference, "the experts are computed, not stored")
-    reason = experts.covers(gate_up, down) or _strange(node)
+    reason = experts.covers(gate_up, down) or strange(node)
     if reason is not None:
         return Choice(reference, f"experts: {reason}", fallback=True)
     return Choice(experts.ExpertsKernel(gate_up, down), f"{gate_up.encoding} of {list(gate_up.shape)}")
@@ -142,7 +136,7 @@ def _attention(program: Program, node: fx.Node, target: Target) -> Choice:
         return Choice(CacheReference(), "target torch runs the reference")
     layer = int(arguments(node)["layer"])
     site = replace(program.cache[layer], layer=0)
-    reason = attention.covers(site) or _strange(node)
+    reason = attention.covers(site) or strange(node)
     if reason is not None:
         return Choice(CacheReference(), f"attention of layer {layer}: {reason}", fallback=True)
     return Choice(_shared(site), "attention over segments")
@@ -151,23 +145,3 @@ def _attention(program: Program, node: fx.Node, target: Target) -> Choice:
 @cache
 def _shared(site: Site) -> AttentionKernel:
     return AttentionKernel(site)
-
-
-def _weight(program: Program, value: Any) -> Weight | None:
-    return program.weights[str(value.target)] if isinstance(value, fx.Node) and value.op == "get_attr" else None
-
-
-def _is_encoded(program: Program, args: dict[str, Any]) -> bool:
-    """Whether an argument is a weight in an encoding: then the reference decodes it on every call."""
-    found = (_weight(program, a) for a in args.values())
-    return any(w is not None and w.encoding.name != "dense" for w in found)
-
-
-def _strange(node: fx.Node) -> str | None:
-    """Why the tensors of a node do not fit a kernel of ours, or None; types that were not derived are taken to fit."""
-    for name, value in arguments(node).items():
-        dtype = value.meta.get("dtype") if isinstance(value, fx.Node) else None
-        wanted = torch.int64 if name in _INTEGERS else torch.float32
-        if isinstance(dtype, torch.dtype) and dtype is not wanted:
-            return f"'{name}' is {str(dtype).removeprefix('torch.')}, kernels take {str(wanted).removeprefix('torch.')}"
-    return None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,10 +12,10 @@ from ..ir.cache import Site
 from ..ir.errors import SmeltError
 from ..ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, HEAD, LINEAR, OPS, QUANTIZED, RMS_NORM, arguments
 from ..ir.program import Program
-from ..ir.weight import Weight
 from . import attention_triton
 from .attention_triton import TritonAttention
 from .chains_triton import ProductsKernel, covers
+from .choices import is_encoded, refuse_fallbacks, strange, takes_encoded, weight_of
 from .device_triton import likely, placed
 from .fuse import Region, fuse
 from .gemm_triton import TritonProduct
@@ -55,9 +53,9 @@ def lower_triton(program: Program, fallback: bool = True) -> Plan:
         for node in program.graph.nodes
         if node not in fused and (choice := _choose(program, node)) is not None
     }
-    encoded = {node.name: _stored(node) for node in program.graph.nodes if node.target in OPS}
+    encoded = {node.name: takes_encoded(node) for node in program.graph.nodes if node.target in OPS}
     if not fallback:
-        _refuse_fallbacks(program, choices)
+        refuse_fallbacks(program, "triton", choices)
     return Plan(program, "triton", choices, encoded, tuple(kernels), to)
 
 
@@ -75,23 +73,14 @@ def holds_up(plan: Plan) -> str | None:
     return None
 
 
-def _refuse_fallbacks(program: Program, choices: Mapping[str, Choice]) -> None:
-    refused = [f"{name}: {choice.why}" for name, choice in choices.items() if choice.fallback]
-    if refused:
-        raise SmeltError(
-            f"target triton has no fast kernel for {len(refused)} nodes of {program.name}, first {refused[0]}; "
-            "choose another encoding, or allow fallback=True to run them as torch ops"
-        )
-
-
 def _refused(program: Program, node: fx.Node, width: int | None) -> str | None:
     """Why a product has no kernel, or None; `width` as in `Region`."""
-    weight = _weight(program, arguments(node)["weight"])
+    weight = weight_of(program, arguments(node)["weight"])
     if weight is None:
         return "the matrix is computed, not stored"
     if width is not None:
         return "products read the values of rounded activations, not their codes"
-    reason = covers(weight.encoding, weight.shape) or _strange(node)
+    reason = covers(weight.encoding, weight.shape) or strange(node)
     return f"product with {weight.encoding}: {reason}" if reason else None
 
 
@@ -116,39 +105,26 @@ def _dialect(program: Program, node: fx.Node) -> Choice:
     op, args = OPS[node.target], arguments(node)
     reference = Reference(op.reference, op.name)
     if op in (LINEAR, HEAD):
-        stored = _weight(program, args["weight"]) is not None
+        stored = weight_of(program, args["weight"]) is not None
         return Choice(reference, str(_refused(program, node, None)), fallback=stored)
     kernel: Kernel | str = "no Triton template"
     if op is EMBEDDING:
-        table = _weight(program, args["weight"])
+        table = weight_of(program, args["weight"])
         why = "the table is computed, not stored" if table is None else gather_refuses(table)
         kernel = why if why is not None or table is None else GatherKernel(table)  # type: ignore[assignment]
     elif op is RMS_NORM:
         kernel = NormKernel()
     elif op is QUANTIZED and int(args["bits"]) <= _ROUNDED:
         kernel = RoundKernel()
-    reason = kernel if isinstance(kernel, str) else _strange(node)
+    reason = kernel if isinstance(kernel, str) else strange(node)
     if isinstance(kernel, str) or reason is not None:
-        decoded = [_weight(program, value) for value in args.values()]
-        slow = any(weight is not None and weight.encoding.name != "dense" for weight in decoded)
-        return Choice(reference, f"{op.name}: {reason}", fallback=slow)
+        return Choice(reference, f"{op.name}: {reason}", fallback=is_encoded(program, args))
     return Choice(kernel, "a launch of its own")
-
-
-def _stored(node: fx.Node) -> tuple[str, ...]:
-    """The arguments that the kernel of a node takes as stored weights."""
-    taken = {
-        LINEAR.name: ("weight",),
-        HEAD.name: ("weight",),
-        EMBEDDING.name: ("weight",),
-        EXPERTS.name: ("gate_up", "down"),
-    }
-    return taken.get(OPS[node.target].name, ())
 
 
 def _unread(program: Program, node: fx.Node) -> str | None:
     """Why a cached attention has no kernel, or None."""
-    return _covered(_site(program, node)) or _strange(node)
+    return _covered(_site(program, node)) or strange(node)
 
 
 @cache
@@ -160,17 +136,3 @@ def _site(program: Program, node: fx.Node) -> Site:
     if program.cache is None:
         raise SmeltError(f"{node.name} reads a cache, but {program.name} has no cache plan")
     return replace(program.cache[int(arguments(node)["layer"])], layer=0)
-
-
-def _weight(program: Program, value: Any) -> Weight | None:
-    return program.weights[str(value.target)] if isinstance(value, fx.Node) and value.op == "get_attr" else None
-
-
-def _strange(node: fx.Node) -> str | None:
-    """Why the tensors of a node do not fit a kernel, or None; types that were not derived are taken to fit."""
-    for name, value in arguments(node).items():
-        dtype = value.meta.get("dtype") if isinstance(value, fx.Node) else None
-        wanted = torch.int64 if name in ("ids", "positions") else torch.float32
-        if isinstance(dtype, torch.dtype) and dtype is not wanted:
-            return f"'{name}' is {str(dtype).removeprefix('torch.')}, kernels take {str(wanted).removeprefix('torch.')}"
-    return None

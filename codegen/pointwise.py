@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from ..ir.ops import GATED
+from ..ir.ops import GATED, arguments
 
 aten = torch.ops.aten
 
@@ -75,6 +75,17 @@ def printed(node: fx.Node, names: Mapping[fx.Node, str], to: Printer = CPP) -> s
         return to.number(value) if isinstance(value, int | float) else value
 
     return _OPS[node.target](to, *map(operand, node.args), **node.kwargs)
+
+
+def label(node: fx.Node) -> str:
+    """`silu_mul` for a gated product, else the op's own name."""
+    name = str(node.target).split(".")[1]
+    return f"{arguments(node)['act']}_mul" if name == "gated" else name
+
+
+def outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What a chain reads, in order."""
+    return list(dict.fromkeys(used for node in nodes for used in node.all_input_nodes if used not in nodes))
 
 
 def statements(nodes: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> tuple[list[str], str]:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.ops import arguments
 from .fuse import Region
 from .plan import Run
-from .pointwise import TRITON, printed
+from .pointwise import TRITON, label, outside, printed
 from .product_triton import ACTIVATIONS, lines
 from .regions_triton import Room
 from .rows import row_stride
@@ -48,17 +47,6 @@ def source(nodes: Sequence[fx.Node], operands: Sequence[fx.Node]) -> str:
 @cache
 def _module(text: str) -> Any:
     return load(text, "pointwise")
-
-
-def outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """What a chain reads, in order."""
-    return list(dict.fromkeys(used for node in nodes for used in node.all_input_nodes if used not in nodes))
-
-
-def label(node: fx.Node) -> str:
-    """`silu_mul` for a gated product, else the op's own name."""
-    name = str(node.target).split(".")[1]
-    return f"{arguments(node)['act']}_mul" if name == "gated" else name
 
 
 def launch(text: str, operands: Sequence[tuple[torch.Tensor, int]], out: torch.Tensor) -> None:

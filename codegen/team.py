@@ -5,8 +5,7 @@ and not a share. Tickets are numbered through the whole step: who has drawn one 
 next. Where a kernel reads what another wrote, the ranks meet; the last one to arrive does what is too small to share.
 
 A rank whose CPU another process takes keeps all others waiting. Where that happens again and again, steps are made with
-one rank less for a while: beside a process that fills one of two CPUs, 115 tokens/s for 52 (430 M parameters in 4 bits,
-2026-11-21).
+one rank less for a while.
 """
 
 from __future__ import annotations

@@ -114,28 +114,28 @@ class Unit:
 
     def __call__(self) -> None:
         """Run all calls."""
+        self._refresh()
         self._run(self._step, self._pointers)
 
     def again(self) -> None:
         """Run all calls with the words of the last time."""
-        ranks = team()
-        with ranks.lock:
-            self._step(ranks.address, self._pointers)
-        for check in self._checks:
-            check()
+        self._run(self._step, self._pointers)
 
     def timed(self) -> list[float]:
         """Run all calls with a meeting after each; seconds that each took."""
         taken = (ctypes.c_int64 * len(self.calls))()
+        self._refresh()
         self._run(self._timed, self._pointers, taken)
         return [nanoseconds * 1e-9 for nanoseconds in taken]
 
-    def _run(self, function: Any, *arguments: Any) -> None:
+    def _refresh(self) -> None:
         for refresh in self._refreshes:
             refresh()
+
+    def _run(self, function: Any, *arguments: Any) -> None:
         ranks = team()
         with ranks.lock:
-            function(ctypes.c_void_p(ranks.address), *arguments)
+            function(ranks.address, *arguments)
         for check in self._checks:
             check()
 

@@ -75,7 +75,7 @@ class Decoding:
         penalized = sampling.repetition_penalty != 1
         self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool) if penalized else None
         draw = Draw(sampling.seed, sampling.temperature, self._requests)
-        self._draw = draw if sampling.plain and session.plan.target == "cpp" else None
+        self._draw = draw if sampling.plain else None
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, tokens) until every row has ended; a row's first token comes out of its prompt."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from smelt.codegen import nodes_triton, pointwise_triton
+from smelt.codegen import nodes_triton, pointwise, pointwise_triton
 from smelt.codegen.autotune_triton import Tile
 from smelt.codegen.chains_triton import Plain, ProductsKernel, Step, covers
 from smelt.codegen.lower import lower
@@ -90,7 +90,7 @@ def test_what_a_product_does_not_take_in_follows_it() -> None:
     (head,) = [k for k in products(lower(cached(captured("gemma2")), "triton")) if len(k.steps) > 1]
     first, rest = head.steps
     assert isinstance(first, Step) and isinstance(rest, Plain)
-    assert [pointwise_triton.label(node) for node in rest.nodes] == ["div", "tanh", "mul"]
+    assert [pointwise.label(node) for node in rest.nodes] == ["div", "tanh", "mul"]
     assert "gemv" in head.source and "def pointwise" in head.source
 
 
@@ -153,7 +153,7 @@ def chain() -> tuple[list[fx.Node], list[fx.Node], Any]:
 def pointwise_error(m: int, n: int, device: str = "cpu", wrong: tuple[str, str] = ("", "")) -> float:
     """The largest difference from torch; rows of an operand lie apart."""
     nodes, operands, meaning = chain()
-    assert pointwise_triton.outside(nodes) == operands
+    assert pointwise.outside(nodes) == operands
     generator = torch.Generator().manual_seed(n)
     x, y, column = (torch.randn(*size, generator=generator).to(device) for size in ((m, n + 3), (m, n), (n,)))
     out = torch.full((m, n), float("nan"), device=device)

@@ -19,10 +19,10 @@ from ...ops import ATTENTION, EMBEDDING, arguments
 from ...program import Program
 from .beside import beside
 from .graph import Node, Port
-from .known import Known
+from .known import Known, as_tensor
 from .load import Model
 from .masks import masks_of
-from .module import OnnxModule, as_tensor
+from .module import OnnxModule
 from .registry import MICROSOFT
 from .trace import Feed
 

@@ -56,6 +56,11 @@ class Known:
         return made.reshape(self.shape) if len(self.shape) > 1 else made
 
 
+def as_tensor(value: Any) -> Any:
+    """A tensor of the graph for what is known; everything else as it is."""
+    return value.tensor() if isinstance(value, Known) else value
+
+
 def numpy_type(dtype: torch.dtype) -> Any:
     """The numpy type of the same name."""
     return np.dtype(str(dtype).removeprefix("torch."))

@@ -15,7 +15,7 @@ from ..exported import first_line
 from . import ops as _ops  # noqa: F401  # registers them
 from .graph import Function, Graph, Node, Reference
 from .kinds import NARROW, carry, marked
-from .known import MOST, Known, cast, compute, has_numpy_type, numpy_type
+from .known import MOST, Known, as_tensor, cast, compute, has_numpy_type, numpy_type
 from .load import Model, schema_function
 from .registry import INTS, NUMBER, OPERAND, TENSOR, Body, DType, Kind, Rule, Value, find, refusal, refuse_attributes
 from .room import require_room
@@ -226,11 +226,6 @@ def is_small(stored: Stored) -> bool:
     if stored.count > MOST or len(stored.shape) > 2 or not has_numpy_type(stored.dtype) or stored.kind in NARROW:
         return False
     return stored.count == 1 or not stored.dtype.is_floating_point
-
-
-def as_tensor(value: Any) -> Any:
-    """A tensor of the graph for what is known; everything else as it is."""
-    return value.tensor() if isinstance(value, Known) else value
 
 
 def _widened(x: torch.Tensor, to: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ....errors import SmeltError
-from ..known import Known
+from ..known import Known, as_tensor
 from ..registry import Body, Tensor, Value, op
-from .values import as_tensor
 
 _MOST = 1000  # rounds of a loop
 

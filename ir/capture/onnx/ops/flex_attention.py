@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..known import as_tensor
 from ..registry import Body, DType, Tensor, op
-from .values import as_tensor
 
 
 @op("FlexAttention", domain="ai.onnx.preview")

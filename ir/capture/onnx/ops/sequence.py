@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from ....errors import SmeltError
-from ..known import Known
+from ..known import Known, as_tensor
 from ..registry import Body, Number, Tensor, Value, op
-from .values import as_tensor
 
 Sequence = list[Tensor]
 
