@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..ir.encoding import Affine, Encoding, Parts
-from ..ir.encoding.affine import LANES
+from ..ir.encoding.packing import LANES
 from ..ir.errors import SmeltError
 from .product_triton import POINTERS, lines
 from .triton_module import load
@@ -83,7 +83,7 @@ class _Walk:
 
 def source(encoding: Affine, shape: tuple[int, int]) -> str:
     """The kernel `encode` for matrices [N, K] as a Python module; SmeltError where the encoding refuses the shape."""
-    if why := encoding.refuses(shape):
+    if why := encoding.refuses(shape) or ("codes of 3 bits lie in two planes" if encoding.width == 3 else None):
         raise SmeltError(f"{encoding}: {why}")
     walk, width, info = _Walk(encoding, *shape), encoding.width, torch.finfo(getattr(torch, encoding.scale))
     levels = 2**width - 1 if encoding.zero else 2 ** (width - 1) - 1
@@ -142,10 +142,10 @@ def encode(encoding: Affine, x: torch.Tensor, parts: Mapping[str, torch.Tensor])
     )
 
 
-def encoded(encoding: Encoding, x: torch.Tensor) -> Parts:
+def encoded(encoding: Encoding, x: torch.Tensor, tables: Parts | None = None) -> Parts:
     """The parts of x [..., N, K], as `encoding.encode` makes them; by the kernel where the encoding has one."""
-    if not isinstance(encoding, Affine):
-        return encoding.encode(x)
+    if not isinstance(encoding, Affine) or encoding.width == 3:
+        return encoding.encode(x, tables)
     lead, shape = x.shape[:-2], (int(x.shape[-2]), int(x.shape[-1]))
     parts = {
         name: torch.empty(*lead, *like, dtype=dtype, device=x.device) for name, like, dtype in _likes(encoding, shape)

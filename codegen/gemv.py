@@ -35,7 +35,10 @@ def _verdict(encoding: Encoding, width: int | None) -> str:
     """Why no loop reads the encoding, or nothing."""
 
     def answer() -> str:
-        inner = loops.floats(encoding) if width is None else loops.integers(encoding, width)
+        try:
+            inner = loops.floats(encoding) if width is None else loops.integers(encoding, width)
+        except SmeltError as error:  # its value is no expression
+            return str(error)
         return inner if isinstance(inner, str) else ""
 
     return remembered(f"covers {width}", encoding, answer)
@@ -81,9 +84,11 @@ class Gemv:
             if str(tensor.dtype) != f"torch.{dtype}" or tensor.device.type != "cpu":
                 raise SmeltError(f"gemv: part '{part}' is {tensor.dtype} on {tensor.device}, not {dtype} on cpu")
         nbytes = sum(parts[part].numel() * parts[part].itemsize for part in stored)
-        if 8 * nbytes != self.encoding.bits(shape):
-            raise SmeltError(f"gemv: the parts hold {8 * nbytes} bits, {self.encoding} of shape {list(shape)} has "
-                             f"{self.encoding.bits(shape)}")  # fmt: skip
+        wanted = self.encoding.stored_bits(shape) + self.encoding.table_bits(shape)
+        if 8 * nbytes != wanted:
+            raise SmeltError(
+                f"gemv: the parts hold {8 * nbytes} bits, {self.encoding} of shape {list(shape)} has {wanted}"
+            )
         packed = interleave.pack(self.encoding.expr((None, loops.K)), parts, shape[0], _contiguous)
         return Bound(self.encoding, shape, nbytes, packed)
 

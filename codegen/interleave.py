@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import sympy
 import torch
 
-from ..ir.encoding.expr import Bin, Cast, Expr, Index, Load, Take, k, n, stored
+from ..ir.encoding.expr import Bin, Cast, Expr, Load, Scatter, Take, k, n, rebuilt, stored
 
 ROWS = 16
 tile, lane = sympy.symbols("tile lane", integer=True, nonnegative=True)
@@ -39,15 +39,7 @@ def rewritten(expr: Expr) -> Expr:
             u = unit(dtype)
             at = ((tile * length(part) + column // u) * ROWS + lane) * u
             return Load(part, at + sympy.Mod(column, u) if u > 1 else at, dtype)
-        case Index(value, dtype):
-            return Index(sympy.sympify(value).subs(n, ROWS * tile + lane), dtype)
-        case Take(part, size, index, dtype):
-            return Take(part, size, rewritten(index), dtype)
-        case Bin(op, a, b):
-            return Bin(op, rewritten(a), rewritten(b))
-        case Cast(dtype, a):
-            return Cast(dtype, rewritten(a))
-    return expr
+    return rebuilt(expr, rewritten, lambda index: index.subs(n, ROWS * tile + lane))
 
 
 def interleaved(expr: Expr) -> frozenset[str]:
@@ -61,6 +53,8 @@ def interleaved(expr: Expr) -> frozenset[str]:
             return interleaved(a) | interleaved(b)
         case Cast(_, a):
             return interleaved(a)
+        case Scatter(index, value):
+            return interleaved(index) | interleaved(value)
     return frozenset()
 
 
@@ -114,4 +108,6 @@ def _others(expr: Expr) -> frozenset[str]:
             return _others(a) | _others(b)
         case Cast(_, a):
             return _others(a)
+        case Scatter(index, value):
+            return _others(index) | _others(value)
     return frozenset()

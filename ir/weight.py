@@ -70,12 +70,12 @@ class Weight:
 
     def encoded(self, encoding: Encoding) -> Weight:
         """The same logical tensor in another encoding."""
-        return Weight(self.shape, encoding, encoding.encode(self.dense()))
+        return Weight(self.shape, encoding, encoding.alone(self.dense()))
 
     @property
     def bits(self) -> int:
         """Stored bits by the encoding's formula."""
-        return int(self.encoding.bits(self.shape))
+        return int(self.encoding.stored_bits(self.shape) + self.encoding.table_bits(self.shape))
 
     @property
     def nbytes(self) -> int:

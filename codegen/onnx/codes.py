@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...ir.encoding import Affine
-from ...ir.encoding.affine import LANES
+from ...ir.encoding.packing import LANES
 from .builder import Builder, Operand
 
 FLOAT, BYTE, HALF, BRAIN = 1, 2, 10, 16  # TensorProto.FLOAT, UINT8, FLOAT16, BFLOAT16

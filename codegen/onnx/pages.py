@@ -207,7 +207,7 @@ def _store(
             page = b.op("Slice", page, b.const([site.page - site.kept]), b.const([site.page]), b.const([2]))
         for part, value in _encoded(b, encoding, page, site.kept, dim).items():
             made[f"{lead}.{role}.{part}"] = b.op("ScatterND", pasts[f"{lead}.{role}.{part}"], when.due, value)
-    if site.places and when.due is not None:
+    if state.placed(site) and when.due is not None:
         made[f"{lead}.places"] = _placed(b, site, when, chosen, pasts[f"{lead}.places"])
     for name, (dtype, dims) in buffers.items():
         present[name] = (made[name], onnx_type(dtype), dims)

@@ -69,6 +69,11 @@ def buffers(builder: Builder, site: Site) -> dict[str, tuple[torch.dtype, tuple[
             f"{builder.name}: layer {site.layer} stores bfloat16, which callers in Python cannot hand to a runtime; "
             "compile with cache.insert.dtype=float16"
         )
+    if why := beyond(site):
+        raise SmeltError(
+            f"{builder.name}: the cache of layer {site.layer} {why}, which ONNX graphs of smelt do not: compile "
+            "without that step, or run the artefact with smelt"
+        )
     dense, heads, lead = getattr(torch, site.dense), site.kv_heads, f"{site.layer}"
     if site.tail is None:
         return {
@@ -85,9 +90,30 @@ def buffers(builder: Builder, site: Site) -> dict[str, tuple[torch.dtype, tuple[
     for role, encoding, dim in roles(site):
         for part, (dtype, dims) in parts(builder, site, role, encoding, dim).items():
             made[f"{lead}.{role}.{part}"] = (dtype, ("B", pages, heads, *dims))
-    if site.places:
+    if placed(site):
         made[f"{lead}.places"] = (torch.int32, ("B", pages, heads, site.kept))
     return made
+
+
+def placed(site: Site) -> bool:
+    """Whether positions of body tokens are stored: a window reads them."""
+    return site.kept > 0 and site.tail is not None and site.window is not None
+
+
+def beyond(site: Site) -> str | None:
+    """What a site does that no graph here does, or None."""
+    asked = {
+        "parts its tokens into tiers": site.tiers,
+        "stores keys before their rotation": site.frame == "pre" or site.compact,
+        "chooses among all tokens of a prompt": site.at_prompt,
+        "merges tokens": site.merge,
+        "reads a part of its cache": site.retrieve,
+        "reads prompts by samples": site.hyper,
+    }
+    score = site.select.score.by if site.select else "recency"
+    if score not in ("recency", "key_norm"):
+        return f"selects by {score}"
+    return next((what for what, does in asked.items() if does), None)
 
 
 def width(site: Site) -> int:
@@ -125,7 +151,7 @@ def parts(
     builder: Builder, site: Site, role: str, encoding: Encoding, dim: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and dims of the parts of one encoded page of one head."""
-    if not isinstance(encoding, Affine | Dense):
+    if not isinstance(encoding, Affine | Dense) or getattr(encoding, "width", None) == 3:
         raise SmeltError(
             f"{builder.name}: {role} of layer {site.layer} are stored as {encoding}, which ONNX cannot encode in the "
             "graph; the nearest that exports is affine(bits=4, group=32, zero=True)"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...ir.encoding import Affine, Dense
-from ...ir.encoding.affine import LANES
+from ...ir.encoding.packing import LANES
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from ...ir.weight import Weight
@@ -54,7 +54,7 @@ def stored(builder: Builder, name: str, turned: bool, rows: int | None = None) -
         hint = name if rows is None else f"{name}.{rows}"
         if isinstance(encoding, Dense):
             return _dense(builder, hint, weight, turned, rows), None, None
-        if isinstance(encoding, Affine):
+        if isinstance(encoding, Affine) and encoding.width != 3:
             return _affine(builder, hint, weight, encoding, turned, rows)
         return _otherwise(builder, hint, weight, turned, rows), None, None
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import sympy
 
-from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Take
+from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Scatter, Take
 from ..ranges import Ranges, across, fold
 from .index import text
 
@@ -100,7 +100,7 @@ template <class V> static inline i32x16 spread(V v) {  // each byte to all four 
                        60, 60, 60, 60, 61, 61, 61, 61, 62, 62, 62, 62, 63, 63, 63, 63};
   return (i32x16)__builtin_shuffle((u8x64)(i128x4){x, x, x, x}, lanes);
 }
-static inline i32x16 widen(u8x16 v) { return spread(v) & 255; }
+static inline i32x16 widen(u8x16 v) { return (i32x16)_mm512_cvtepu8_epi32((__m128i)v); }
 static inline i32x16 widen(i8x16 v) { return spread(v) >> 24; }
 #else
 static inline i32x16 widen(u8x16 v) { return __builtin_convertvector(__builtin_convertvector(v, u16x16), i32x16); }
@@ -245,6 +245,9 @@ def scalar(expr: Expr, names: Mapping[str, str] | None = None) -> str:
             return f"({scalar(a, names)} {OPERATORS[op]} {scalar(b, names)})"
         case Cast(to, a):
             return _cast_scalar(to, a.dtype, scalar(a, names))
+        case Scatter(_, _, _, place):
+            pairs = ((scalar(at, names), scalar(value, names)) for at, value in expr.entries)
+            return f"({' + '.join(f'({at} == {index(place)} ? {value} : 0.0f)' for at, value in pairs)})"
 
 
 def vector(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str] | None = None) -> str:
@@ -287,6 +290,20 @@ def _vector(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, 
         case Cast(to, a):
             operand, varies = _vector(a, lane, ranges, names)
             return (_cast_vector if varies else _cast_scalar)(to, a.dtype, operand), varies
+        case Scatter():
+            return _scattered(expr, lane, ranges, names), True
+
+
+def _scattered(expr: Scatter, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str]) -> str:
+    """Every slot's value in the lanes whose place it names: a comparison and a mask."""
+    terms = []
+    place, moves = _vector(Index(expr.place), lane, ranges, names)
+    for at, value in expr.entries:
+        index, varies = _vector(at, lane, ranges, names)
+        number, many = _vector(value, lane, ranges, names)
+        same = f"{index} == {place}" if varies or moves else f"(i32x16{{}} + {index}) == {place}"
+        terms.append(f"(f32x16)(({same}) & (i32x16){number if many else f'splat({number})'})")
+    return f"({' + '.join(terms)})"
 
 
 def low_bits(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str] | None = None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import sympy
 import torch
 
-from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Take
+from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Scatter, Take
 from .index import text as index_text
 
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "shr": ">>"}
@@ -33,6 +33,9 @@ def text(expr: Expr) -> str:
             return f"({text(a)} {OPERATORS[op]} {text(b)})"
         case Cast(dtype, a):
             return f"{text(a)}.to(torch.{dtype})"
+        case Scatter(_, _, _, place):
+            entries = (f"torch.where({text(at)} == {index(place)}, {text(value)}, 0.0)" for at, value in expr.entries)
+            return f"({' + '.join(entries)})"
 
 
 def evaluate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Take, k, n
+from ...ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, Scatter, Take, k, n
 from .torch import OPERATORS, index
 
 TYPES = {"bool": "tl.int1"}  # every other dtype has one name in Triton and here
@@ -34,6 +34,9 @@ def text(expr: Expr, names: Mapping[str, str] | None = None, row_mask: str = "",
             return f"({left} {OPERATORS[op]} {right})"
         case Cast(dtype, a):
             return f"{text(a, names, row_mask, column_mask)}.to({_type(dtype)})"
+        case Scatter(_, _, _, place):
+            pairs = ((text(side, names, row_mask, column_mask) for side in entry) for entry in expr.entries)
+            return f"({' + '.join(f'tl.where({at} == {index(place)}, {value}, 0.0)' for at, value in pairs)})"
 
 
 def _type(dtype: str) -> str:

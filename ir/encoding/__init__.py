@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -13,9 +14,20 @@ from typing import Any
 from ..errors import SmeltError, nearest
 from .affine import Affine
 from .base import Encoding, Parts
+from .channel_scaled import ChannelScaled
+from .codebook import Codebook
 from .dense import Dense
+from .low_rank import LowRank
+from .nonuniform import Nonuniform
+from .rotated import Rotated
+from .sign import Sign
+from .sparse import Sparse
+from .sum import Sum
 
-__all__ = ["Affine", "Dense", "Encoding", "Parts", "catalogue", "parse"]
+__all__ = [
+    "Affine", "ChannelScaled", "Codebook", "Dense", "Encoding", "LowRank", "Nonuniform", "Parts", "Rotated", "Sign",
+    "Sparse", "Sum", "catalogue", "parse",
+]  # fmt: skip
 
 
 @functools.cache
@@ -52,14 +64,19 @@ def parse(spec: Mapping[str, Any] | str) -> Encoding:
     for option, parameter in signature.parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise SmeltError(f"{name}: the option '{option}' is missing")
-    return known[name](**{option: _inner(value, known) for option, value in options.items()})
+    inner = {field.name for field in dataclasses.fields(known[name]) if "Encoding" in str(field.type)}
+    return known[name](**{option: _inner(v) if option in inner else _frozen(v) for option, v in options.items()})
 
 
-def _inner(value: Any, known: Mapping[str, type[Encoding]]) -> Any:
-    """An option's value; a mapping `{name: …}` of a known encoding is itself an encoding, also inside a list."""
+def _inner(value: Any) -> Any:
+    """The value of an option that takes an encoding, or a list of them."""
     if isinstance(value, list | tuple):
-        return tuple(_inner(item, known) for item in value)
-    return parse(value) if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in known else value
+        return tuple(map(_inner, value))
+    return parse(value) if isinstance(value, Mapping | str) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _read(text: str) -> dict[str, Any]:

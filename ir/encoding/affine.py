@@ -9,11 +9,11 @@ import sympy
 import torch
 
 from ..errors import SmeltError, nearest
-from .base import Encoding, Parts
-from .expr import Bin, Cast, Const, Expr, Index, Load, k, n
+from . import packing
+from .base import Encoding, Parts, stored_as
+from .expr import Bin, Cast, Const, Expr, k, n, number
 
-LANES = 16  # neighbouring columns in neighbouring bytes: one 64-byte vector of float32
-WIDTHS = (2, 4, 8)
+WIDTHS = (2, 3, 4, 8)
 AXES = ("token", "channel")
 SCALES = ("float16", "bfloat16", "float32")
 PIECE = 1 << 22  # elements encoded at once: the temporaries of a vocabulary's table would dwarf its codes
@@ -28,13 +28,12 @@ class Affine(Encoding):
     tokens). Symmetric codes span -(2^(b-1)-1) .. 2^(b-1)-1 and are stored with offset 2^(b-1); with `zero` they span
     0 .. 2^b-1 above the group's stored minimum. Scales are rounded to their dtype before the codes are chosen.
 
-    Parts: `codes` uint8 `[..., N, K*bits/8]`; `scale` (and `zero`) `[..., N, K/group]` or `[..., N/group, K]`.
-    Codes are packed along the last dim so that a vector of bytes unpacks to whole vectors of neighbours: in a block of
-    16*8/bits columns, byte j holds columns j, j+16, j+32, ... from the lowest field up.
+    Parts: `codes` uint8 `[..., N, K*bits/8]`, packed along the last dim (see `packing`; of 3 bits the lower two, with
+    the upper one in `high` int16 `[..., N, K/16]`); `scale` (and `zero`) `[..., N, K/group]` or `[..., N/group, K]`.
     """
 
     name: ClassVar[str] = "affine"
-    width: int  # `bits` in a spec: the method of that name counts the stored bits of a shape
+    width: int  # `bits` in a spec
     group: int
     axis: str
     zero: bool
@@ -44,8 +43,7 @@ class Affine(Encoding):
         for field, value in (("width", bits), ("group", group), ("axis", axis), ("zero", zero), ("scale", scale)):
             object.__setattr__(self, field, value)
         if type(bits) is not int or bits not in WIDTHS:
-            packed = " (3-bit codes straddle bytes and have no packing yet)" if bits == 3 else ""
-            raise SmeltError(f"affine: bits must be one of 2, 4, 8, not {bits!r}{packed}")
+            raise SmeltError(f"affine: bits must be one of {', '.join(map(str, WIDTHS))}, not {bits!r}")
         if type(group) is not int or group < 0:
             raise SmeltError(f"affine: group must be a count of elements (0: the whole row), not {group!r}")
         if axis not in AXES:
@@ -62,20 +60,20 @@ class Affine(Encoding):
         options = super().spec()[self.name]
         return {self.name: {"bits": options.pop("width"), **options}}
 
-    def __str__(self) -> str:
-        """The text form, `affine(bits=4, group=64, axis=token, zero=False, scale=float16)`."""
-        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.spec()[self.name].items())})"
+    def _options(self) -> dict[str, Any]:
+        return self.spec()[self.name]
 
     @property
     def block(self) -> int:
         """Columns that are packed together; K must be a multiple."""
-        return LANES * self._fields if self._fields > 1 else 1
+        return packing.block(self.width)
 
     @property
-    def _fields(self) -> int:
-        return 8 // self.width
+    def closes(self) -> int:
+        """The tokens of a group, by channel."""
+        return self.group if self.axis == "channel" else 1
 
-    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, x: torch.Tensor, tables: Parts | None = None) -> dict[str, torch.Tensor]:
         """Codes and scales of `x [..., N, K]`; values are read as float32. Large matrices go by pieces of rows."""
         if reason := self.refuses(tuple(x.shape)):
             raise SmeltError(f"{self}: {reason}")
@@ -101,19 +99,20 @@ class Affine(Encoding):
         # where the scale is 0 the whole group is 0 above its zero, and so are its codes
         divisor = torch.where(scale == 0, 1.0, scale.float())
         codes = codes.div_(divisor).round_().clamp_(0 if self.zero else -levels, levels).add_(offset)
-        packed = self._pack(codes.to(torch.uint8).reshape(x.shape))
-        return {"codes": packed, "scale": scale.squeeze(dim), **parts}
+        packed = packing.pack(codes.to(torch.uint8).reshape(x.shape), self.width)
+        made = {**packed, "scale": scale.squeeze(dim), **parts}
+        return {part: value.contiguous() for part, value in made.items()}
 
     def parts(
         self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Parts of codes that were chosen elsewhere: uint8 `[..., N, K]` below 2^bits, scales and zeros as stored."""
-        held = {"codes": self._pack(codes), "scale": scale}
+        held = {**packing.pack(codes, self.width), "scale": scale}
         return held if zero is None else {**held, "zero": zero}
 
     def decode(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`q * scale` or `q * scale + zero` in float32, then `dtype`."""
-        codes = self._unpack(parts["codes"], shape).float()
+        codes = packing.unpack(parts, self.width, shape[-1]).float()
         if not self.zero:
             codes -= 2 ** (self.width - 1)
         groups, dim = self._grouped(codes)
@@ -122,7 +121,7 @@ class Affine(Encoding):
             groups += parts["zero"].float().unsqueeze(dim)
         return groups.reshape(shape).to(dtype)
 
-    def bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
+    def stored_bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
         """Codes plus scales (and zeros)."""
         count = sympy.prod(shape)
         per_group = 8 * int(getattr(torch, self.scale).itemsize) * (2 if self.zero else 1)
@@ -131,20 +130,14 @@ class Affine(Encoding):
     def expr(self, shape: tuple[Any, ...]) -> Expr:
         """`(field of codes - offset) * scale`, or `field of codes * scale + zero`."""
         columns = sympy.sympify(shape[-1])
-        if self.width == 8:
-            code: Expr = Cast("int32", Load("codes", n * columns + k, "uint8"))
-        else:
-            byte = n * (columns // self._fields) + LANES * (k // self.block) + sympy.Mod(k, LANES)
-            shift = self.width * (sympy.Mod(k, self.block) // LANES)
-            shifted = Bin("shr", Cast("int32", Load("codes", byte, "uint8")), Index(shift))
-            code = Bin("and", shifted, Const(2**self.width - 1, "int32"))
+        code = packing.field(self.width, columns, k)
         if self.axis == "channel":
             at = (n // self.group) * columns + k
         else:
             at = n * (columns // self.group) + k // self.group if self.group else n
-        scale = self._number("scale", at)
+        scale = number("scale", at, self.scale)
         if self.zero:
-            return Bin("add", Bin("mul", Cast("float32", code), scale), self._number("zero", at))
+            return Bin("add", Bin("mul", Cast("float32", code), scale), number("zero", at, self.scale))
         return Bin("mul", Cast("float32", Bin("sub", code, Const(2 ** (self.width - 1), "int32"))), scale)
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
@@ -169,12 +162,7 @@ class Affine(Encoding):
 
     def _stored(self, value: torch.Tensor, part: str) -> torch.Tensor:
         """The value in the storage dtype of scales; refuses what that dtype cannot hold."""
-        if not bool(value.isfinite().all()):
-            raise SmeltError(f"{self}: the tensor has NaN or infinite values")
-        stored = value.to(getattr(torch, self.scale))
-        if not bool(stored.isfinite().all()):
-            raise SmeltError(f"{self}: a {part} overflows {self.scale} ({value.abs().max():.3g}); use scale: float32")
-        return stored
+        return stored_as(self, value, part, self.scale)
 
     def _step(self, span: torch.Tensor, levels: int) -> torch.Tensor:
         """`span / levels` in the storage dtype, never rounded to 0 nor far below the span.
@@ -186,24 +174,3 @@ class Affine(Encoding):
         info = torch.finfo(scale.dtype)
         short = (scale.float() * levels < span) & (scale < info.smallest_normal)
         return torch.where(short, scale + info.smallest_normal * info.eps, scale)
-
-    def _number(self, part: str, at: sympy.Expr) -> Expr:
-        load = Load(part, sympy.sympify(at), self.scale)
-        return load if self.scale == "float32" else Cast("float32", load)
-
-    def _pack(self, codes: torch.Tensor) -> torch.Tensor:
-        if self.width == 8:
-            return codes
-        fields = codes.unflatten(-1, (codes.shape[-1] // self.block, self._fields, LANES))
-        packed: torch.Tensor = fields[..., 0, :].clone()
-        for field in range(1, self._fields):
-            packed |= fields[..., field, :] << (self.width * field)
-        return packed.flatten(-2)
-
-    def _unpack(self, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        if self.width == 8:
-            return packed
-        blocks = packed.unflatten(-1, (shape[-1] // self.block, 1, LANES))
-        shifts = (self.width * torch.arange(self._fields, dtype=torch.uint8, device=packed.device)).unsqueeze(-1)
-        codes: torch.Tensor = (blocks >> shifts) & (2**self.width - 1)
-        return codes.reshape(shape)

@@ -36,7 +36,7 @@ class Dense(Encoding):
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, x: torch.Tensor, tables: Parts | None = None) -> dict[str, torch.Tensor]:
         """`data`: x in the stored dtype; a finite value that overflows it is an error."""
         data = x.to(self.torch_dtype)
         if data.is_floating_point() and data.dtype != x.dtype and bool((data.isinf() & x.isfinite()).any()):
@@ -48,7 +48,7 @@ class Dense(Encoding):
         data = parts["data"]
         return data.to(dtype) if data.is_floating_point() else data
 
-    def bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
+    def stored_bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
         """Elements times stored bits each (a boolean takes a byte)."""
         return sympy.prod(shape, start=sympy.Integer(8 * self.torch_dtype.itemsize))
 

@@ -8,7 +8,7 @@ operation have one dtype, conversions are written out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -18,6 +18,7 @@ Op: TypeAlias = Literal["add", "sub", "mul", "and", "shr"]
 
 n = sympy.Symbol("n", integer=True, nonnegative=True)  # row of the logical slice
 k = sympy.Symbol("k", integer=True, nonnegative=True)  # column of the logical slice
+slot = sympy.Symbol("slot", integer=True, nonnegative=True)  # entry of a `Scatter`, bound by it
 
 
 @dataclass(frozen=True)
@@ -87,24 +88,76 @@ class Cast:
     a: Expr
 
 
-Expr: TypeAlias = Load | Take | Const | Index | Bin | Cast
+@dataclass(frozen=True)
+class Scatter:
+    """Few entries, listed: the sum of `value` over the slots 0 .. `count` - 1 whose `index` is `place`.
+
+    `place` is the column, in lists of a row, or the row, in lists of a column; `index` (int32) and `value` are
+    expressions over the other and `slot`.
+    """
+
+    index: Expr
+    value: Expr
+    count: int
+    place: sympy.Expr = k
+
+    def __post_init__(self) -> None:
+        if self.index.dtype != "int32":
+            raise TypeError(f"a place is an int32, not {self.index.dtype}")
+
+    @property
+    def dtype(self) -> str:
+        """The type of the values."""
+        return self.value.dtype
+
+    @property
+    def entries(self) -> list[tuple[Expr, Expr]]:
+        """(index, value) of every slot."""
+        each = ({slot: sympy.Integer(j)} for j in range(self.count))
+        return [(substitute(self.index, at), substitute(self.value, at)) for at in each]
+
+
+Expr: TypeAlias = Load | Take | Const | Index | Bin | Cast | Scatter
+
+
+def number(part: str, index: sympy.Expr | int, dtype: str) -> Expr:
+    """A stored floating-point number as float32."""
+    load = Load(part, sympy.sympify(index), dtype)
+    return load if dtype == "float32" else Cast("float32", load)
+
+
+def rebuilt(expr: Expr, each: Callable[[Expr], Expr], place: Callable[[sympy.Expr], sympy.Expr]) -> Expr:
+    """The node with `each` applied to the expressions in it and `place` to its own index arithmetic."""
+    match expr:
+        case Load(part, index, dtype):
+            return Load(part, place(sympy.sympify(index)), dtype)
+        case Index(value, dtype):
+            return Index(place(sympy.sympify(value)), dtype)
+        case Take(part, size, at, dtype):
+            return Take(part, size, each(at), dtype)
+        case Bin(op, a, b):
+            return Bin(op, each(a), each(b))
+        case Cast(dtype, a):
+            return Cast(dtype, each(a))
+        case Scatter(index, value, count, at):
+            return Scatter(each(index), each(value), count, place(sympy.sympify(at)))
+        case Const():
+            return expr
 
 
 def substitute(expr: Expr, values: Mapping[sympy.Symbol, sympy.Expr | int]) -> Expr:
     """The expression with index symbols replaced everywhere, all at once."""
+    return rebuilt(expr, lambda inner: substitute(inner, values), lambda index: index.subs(values, simultaneous=True))
+
+
+def renamed(expr: Expr, prefix: str) -> Expr:
+    """The expression over parts whose names begin with the prefix: one term of a composite."""
     match expr:
         case Load(part, index, dtype):
-            return Load(part, sympy.sympify(index).subs(values, simultaneous=True), dtype)
-        case Index(value, dtype):
-            return Index(sympy.sympify(value).subs(values, simultaneous=True), dtype)
+            return Load(prefix + part, index, dtype)
         case Take(part, size, at, dtype):
-            return Take(part, size, substitute(at, values), dtype)
-        case Bin(op, a, b):
-            return Bin(op, substitute(a, values), substitute(b, values))
-        case Cast(dtype, a):
-            return Cast(dtype, substitute(a, values))
-        case Const():
-            return expr
+            return Take(prefix + part, size, renamed(at, prefix), dtype)
+    return rebuilt(expr, lambda inner: renamed(inner, prefix), lambda index: index)
 
 
 def indices(expr: Expr) -> Iterator[sympy.Expr]:
@@ -121,6 +174,11 @@ def indices(expr: Expr) -> Iterator[sympy.Expr]:
             yield from indices(b)
         case Cast(_, a):
             yield from indices(a)
+        case Scatter():
+            yield sympy.sympify(expr.place)
+            for index, entry in expr.entries:
+                yield from indices(index)
+                yield from indices(entry)
 
 
 def loads(expr: Expr) -> Iterator[Load]:
@@ -135,6 +193,10 @@ def loads(expr: Expr) -> Iterator[Load]:
             yield from loads(b)
         case Cast(_, a):
             yield from loads(a)
+        case Scatter():
+            for index, entry in expr.entries:
+                yield from loads(index)
+                yield from loads(entry)
 
 
 def stored(expr: Expr) -> dict[str, str]:
@@ -148,4 +210,6 @@ def stored(expr: Expr) -> dict[str, str]:
             return {**stored(a), **stored(b)}
         case Cast(_, a):
             return stored(a)
+        case Scatter(index, value):
+            return {**stored(index), **stored(value)}
     return {}

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ...ir.encoding import Affine, Dense
-from ...ir.encoding.affine import LANES
+from ...ir.encoding.packing import LANES
 from ...ir.errors import SmeltError
 from ...ir.ops import EMBEDDING, EXPERTS, HEAD, LINEAR, arguments, is_op
 from ...ir.program import Program

@@ -157,14 +157,14 @@ class Halves(Encoding):
 
     name: ClassVar[str] = "halves"
 
-    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, x: torch.Tensor, tables: Parts | None = None) -> dict[str, torch.Tensor]:
         mean = x.mean(-1)
         return {"twice": ((x - mean[..., None]) * 2).round().to(torch.int8), "mean": mean}
 
     def decode(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return (parts["twice"].float() / 2 + parts["mean"][..., None]).to(dtype)
 
-    def bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
+    def stored_bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
         return sympy.Integer(8) * shape[0] * shape[1] + 32 * shape[0]
 
     def expr(self, shape: tuple[Any, ...]) -> Expr:

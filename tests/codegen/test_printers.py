@@ -27,6 +27,8 @@ ENCODINGS = [
     Affine(8, 0),
     Affine(8, 48, zero=True, scale="float32"),
     Affine(2, 64, zero=True),
+    Affine(3, 64, zero=True),
+    Affine(3, 64, "channel"),
     Affine(2, 64, "channel", zero=True),
 ]
 ROWS, COLUMNS = 64, 192

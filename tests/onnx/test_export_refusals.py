@@ -33,13 +33,13 @@ class Doubled(Encoding):
 
     name: ClassVar[str] = "doubled"
 
-    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, x: torch.Tensor, tables: Parts | None = None) -> dict[str, torch.Tensor]:
         return {"half": x / 2}
 
     def decode(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return (parts["half"] * 2).to(dtype)
 
-    def bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
+    def stored_bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
         return 32 * sympy.prod(shape)
 
     def expr(self, shape: tuple[Any, ...]) -> Any:

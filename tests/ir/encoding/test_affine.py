@@ -16,6 +16,9 @@ BOUNDS = {
     Affine(4, 64): (18.5, 20.5),
     Affine(4, 32, zero=True): (21, 23.5),
     Affine(4, 64, "channel", zero=True): (20, 22),
+    Affine(3, 64): (11.5, 13.5),
+    Affine(3, 32, zero=True): (14.5, 16.5),
+    Affine(3, 64, "channel", zero=True): (13, 15),
     Affine(2, 64, zero=True): (6, 8),
     Affine(2, 64): (1.5, 4),
     Affine(4, 64, scale="float32"): (18.5, 20.5),
@@ -49,13 +52,13 @@ def test_a_scale_five_percent_off_leaves_the_bounds() -> None:
 @pytest.mark.parametrize("shape", [(64, 64), (2, 3, 128, 192)])
 def test_the_formula_counts_every_stored_bit(encoding: Affine, shape: tuple[int, ...]) -> None:
     parts = encoding.encode(gaussian(*shape))
-    assert encoding.bits(shape) == sum(8 * part.numel() * part.itemsize for part in parts.values())
+    assert encoding.stored_bits(shape) == sum(8 * part.numel() * part.itemsize for part in parts.values())
 
 
 def test_the_formula_takes_symbols() -> None:
     n, k = sympy.symbols("N K", positive=True, integer=True)
-    assert Affine(4, 64, zero=True).bits((n, k)) == 4 * n * k + n * k / 2
-    assert Affine(8, 0).bits((n, k)) == 8 * n * k + 16 * n
+    assert Affine(4, 64, zero=True).stored_bits((n, k)) == 4 * n * k + n * k / 2
+    assert Affine(8, 0).stored_bits((n, k)) == 8 * n * k + 16 * n
 
 
 @pytest.mark.parametrize("encoding", BOUNDS, ids=str)
@@ -88,6 +91,14 @@ def test_codes_lie_as_documented() -> None:
     packed = Affine(2, 0, zero=True).encode(codes)["codes"][0]
     for field in range(4):
         assert ((packed >> (2 * field)) & 3).tolist() == codes[0, 16 * field : 16 * (field + 1)].int().tolist()
+    codes = torch.arange(64).remainder(8).float().unsqueeze(0)
+    codes[0, 17] = 7
+    held = Affine(3, 0, zero=True).encode(codes)
+    for field in range(4):
+        assert ((held["codes"][0] >> (2 * field)) & 3).tolist() == (codes[0, 16 * field :][:16].int() & 3).tolist()
+        bits = [int(held["high"][0, field]) >> i & 1 for i in range(16)]  # one int16 for sixteen neighbours
+        assert bits == (codes[0, 16 * field :][:16].int() >> 2).tolist()
+    assert held["codes"].dtype is torch.uint8 and held["high"].dtype is torch.int16
     assert Affine(8, 0).encode(torch.tensor([[127.0, -127.0, 0.0]]))["codes"].tolist() == [[255, 1, 128]]
 
 
@@ -157,6 +168,7 @@ def test_non_contiguous_input_encodes_alike() -> None:
     [
         (Affine(4, 0), (4, 48), "multiple of 32"),
         (Affine(2, 0), (4, 96), "multiple of 64"),
+        (Affine(3, 0), (4, 96), "multiple of 64"),
         (Affine(4, 64), (4, 96), "not a multiple of group=64"),
         (Affine(4, 64, "channel"), (63, 64), "dim -2 is 63"),
         (Affine(8, 0), (4,), "needs a tensor"),
@@ -172,9 +184,8 @@ def test_shapes_that_do_not_fit_are_refused(encoding: Affine, shape: tuple[int, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3, "group": 64}, "3-bit codes straddle bytes"),
-        ({"bits": 5, "group": 64}, "one of 2, 4, 8"),
-        ({"bits": "4", "group": 64}, "one of 2, 4, 8"),
+        ({"bits": 5, "group": 64}, "one of 2, 3, 4, 8"),
+        ({"bits": "4", "group": 64}, "one of 2, 3, 4, 8"),
         ({"bits": 4, "group": -1}, "group must be"),
         ({"bits": 4, "group": 64, "axis": "chanel"}, "did you mean 'channel'"),
         ({"bits": 4, "group": 0, "axis": "channel"}, "needs a group of tokens"),
@@ -194,7 +205,7 @@ def test_an_encoding_is_a_value() -> None:
         Affine(4, 64).group = 3  # type: ignore[misc]
 
 
-@given(st.sampled_from([2, 4, 8]), st.sampled_from([0, 16, 64]), st.booleans(), st.integers(1, 5), st.integers(1, 3))
+@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([0, 16, 64]), st.booleans(), st.integers(1, 5), st.integers(1, 3))
 def test_decoding_is_finite_and_within_the_range(bits: int, group: int, zero: bool, n: int, blocks: int) -> None:
     encoding, x = Affine(bits, group, zero=zero), gaussian(n, 64 * blocks, seed=n)
     y = encoding.decode(encoding.encode(x), tuple(x.shape))

@@ -16,7 +16,7 @@ def test_floats_decode_to_the_dtype_asked_for(shape: tuple[int, ...], dtype: str
     assert parts["data"].dtype == encoding.torch_dtype
     assert torch.equal(encoding.decode(parts, shape), x.to(encoding.torch_dtype).float())
     assert encoding.decode(parts, shape, torch.bfloat16).dtype == torch.bfloat16
-    assert encoding.bits(shape) == 8 * parts["data"].numel() * parts["data"].itemsize
+    assert encoding.stored_bits(shape) == 8 * parts["data"].numel() * parts["data"].itemsize
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "bool", "uint8"])
@@ -24,7 +24,7 @@ def test_tables_keep_their_type(dtype: str) -> None:
     encoding = Dense(dtype)
     x = torch.tensor([0, 1, 1]).to(encoding.torch_dtype)
     assert torch.equal(encoding.decode(encoding.encode(x), (3,)), x)
-    assert encoding.bits((3,)) == 8 * 3 * x.itemsize
+    assert encoding.stored_bits((3,)) == 8 * 3 * x.itemsize
 
 
 def test_nothing_is_copied_that_need_not_be() -> None:

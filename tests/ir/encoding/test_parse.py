@@ -13,7 +13,7 @@ encodings = st.one_of(
     st.builds(Dense, st.sampled_from(["float32", "float16", "bfloat16", "int64", "bool"])),
     st.builds(
         Affine,
-        st.sampled_from([2, 4, 8]),
+        st.sampled_from([2, 3, 4, 8]),
         st.sampled_from([16, 32, 64, 128]),
         st.sampled_from(["token", "channel"]),
         st.booleans(),
