@@ -11,9 +11,13 @@ from .unit import Call, call
 _TAIL, _SLOTS = 9, 10  # words that a moved buffer changes
 
 
-def append(cache: Cache, layer: int, key: torch.Tensor, value: torch.Tensor) -> list[Call]:
-    """Calls that write key [B, G, T, D] and value [B, G, T, E], of any strides whose last is 1."""
-    return [_append(cache, layer, "tail_k", key), _append(cache, layer, "tail_v", value)]
+def append(cache: Cache, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor) -> list[Call]:
+    """Calls that write key [B, G, T, D] and value [B, G, T, E], of any strides whose last is 1.
+
+    query [B, H, T, D] is written too where the scores of the site need it.
+    """
+    made = [_append(cache, layer, "tail_k", key), _append(cache, layer, "tail_v", value)]
+    return [*made, _append(cache, layer, "tail_q", query)] if cache.plan[layer].watches else made
 
 
 def _append(cache: Cache, layer: int, role: str, x: torch.Tensor) -> Call:

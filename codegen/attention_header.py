@@ -5,18 +5,31 @@ from __future__ import annotations
 HEADER = """\
 #ifndef SMELT_ATTENTION
 #define SMELT_ATTENTION
+#include <utility>
+struct Pages {                      // a body: pages of one KV head each, in a pool of N slots
+  const void* const* parts;         // of keys, then of values: [N, ...], calibrated ones [G, ...] or [1, ...]
+  const int64_t* steps;             // of a calibrated part from one KV head to the next, 0 where they share it
+  const int32_t* pages;             // [N, 2] tokens, position of the first
+  const int32_t* places;            // [N, CAP] positions, or null: neighbours
+  const float* bias;                // [N, CAP] added to logits, or null
+  const int32_t *table, *held;      // [B, G, P] slots; [B, G] of them in use
+  const int32_t *picks, *picked;    // [B, T, G, longest] what a query reads of this body, [B, T, G] how many; or null
+  int64_t columns, longest;         // P, and of lists
+};
 struct Buffers {                    // one layer of a cache
   const void *sink_k, *sink_v;      // [B, G, sink, D], [B, G, sink, E]
   const void *tail_k, *tail_v;      // [B, G, W, D], [B, G, W, E]; the step's new tokens lie behind the tail
-  const void *parts[8];            // body, keys before values: [B, G, P, ...]
-  const int32_t *places, *counts;   // [B, G, P * kept] positions; [B, 4] sink, body, tail, length
-  int64_t rows, width, pages;       // B, W, P
+  const Pages* bodies;
+  const int32_t *counts, *sink_at;  // [B, 4] sink, -, tail, length; [B, G] position of the first sink, or null: 0
+  const float* turns;               // [capacity, 2 R] cosines, then sines, of every position
+  int64_t rows, width;              // B, W
 };
 struct Call {
   const float *q;                   // [B, H, T, D] by these strides; D is contiguous
   int64_t q_row, q_head, q_token;
   float *out;                       // [B, H, T, E] likewise
   int64_t out_row, out_head, out_token;
+  float *lse;                       // [B, H, T] logarithm of the sum of what logits are raised to, or null
   int64_t tokens;                   // T
   const int64_t *positions;         // [B, T]
   const uint64_t *visible;          // [B, T, ceil(T / 64)]: which new tokens a new token sees
@@ -28,7 +41,13 @@ struct Call {
 };
 
 namespace {
+#if defined(__AVX512F__)
+static inline f32x16 larger(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+#define IN_REGISTER(x) asm("" : "+v"(x))  // GCC 12 else loads it again for every use, and loads are what limits
+#else
 static inline f32x16 larger(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
+#define IN_REGISTER(x)
+#endif
 static inline float top(f32x16 v) {
   v = larger(v, CROSSED(v, 8));
   v = larger(v, CROSSED(v, 4));
@@ -70,7 +89,45 @@ static inline f32x16 sums(const f32x16* a) {  // lane i: the sum of a[i], each i
   return PICK(d[0], d[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
          PICK(d[0], d[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
+// Words of 16 rows of M neighbours, so that y[16 * m + i] becomes word m of row i. M is a power of two.
+#define HALF(a, b, o) \
+  PICK(a, b, o, 2 + o, 4 + o, 6 + o, 8 + o, 10 + o, 12 + o, 14 + o, 16 + o, 18 + o, 20 + o, 22 + o, 24 + o, 26 + o, \
+       28 + o, 30 + o)
+template <int M> static inline void deal(const void* x, i32x16* y) {
+  i32x16 held[M];
+  for (int i = 0; i < M; i++) y[i] = load_words((const char*)x + 64 * i);
+  for (int step = 1; step < M; step *= 2) {  // even places first, then the odd: log2(M) times
+    for (int i = 0; i < M; i++) held[i] = y[i];
+    for (int i = 0; i < M / 2; i++) y[i] = HALF(held[2 * i], held[2 * i + 1], 0);
+    for (int i = 0; i < M / 2; i++) y[M / 2 + i] = HALF(held[2 * i], held[2 * i + 1], 1);
+  }
+}
+#undef HALF
+template <int M> static inline void deal_words(const void* x, void* y) {
+  i32x16 words[M];
+  deal<M>(x, words);
+  memcpy(y, words, sizeof words);
+}
+template <int M> static inline void deal_halves(const uint16_t* x, uint16_t* y) {  // the same for 16 rows of M halves
+  if constexpr (M == 1) {
+    memcpy(y, x, 32);
+  } else {
+    i32x16 words[M / 2];
+    deal<M / 2>(x, words);
+    for (int m = 0; m < M / 2; m++) {
+      const u16x16 low = __builtin_convertvector(words[m], u16x16);
+      const u16x16 high = __builtin_convertvector((i32x16)((u32x16)words[m] >> 16), u16x16);
+      memcpy(y + 32 * m, &low, 32), memcpy(y + 32 * m + 16, &high, 32);
+    }
+  }
+}
 #undef PICK
+
+// Asks for share `j` of `shares` of the SIZE bytes of an item: pages of a head do not lie side by side.
+template <int64_t SIZE> static inline void fetch(const void* items, int64_t item, int64_t j, int64_t shares) {
+  const char* from = (const char*)items + item * SIZE;
+  for (int64_t i = SIZE * j / shares; i < SIZE * (j + 1) / shares; i += 64) __builtin_prefetch(from + i);
+}
 
 struct Seen {  // the new tokens that a query sees, in order
   const uint64_t* word;

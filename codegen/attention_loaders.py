@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import sympy
+import torch
 
 from ..ir.cache import Site
 from ..ir.encoding import Encoding
-from ..ir.encoding.expr import Cast, Const, Expr, Load, k, n, substitute
+from ..ir.encoding.expr import Bin, Cast, Const, Expr, Index, Load, k, n, rebuilt, stored, substitute
+from ..ir.encoding.rotated import Rotated
+from .attention_columns import Columns, columns
 from .hoist import folded, span, split
 from .printers.cpp import LANES, scalar, vector
 
 TILES = (32, 16)  # tokens read at once
 LANE, TOKEN, TILE, COLUMN, SPAN = sympy.symbols("lane i j column span", integer=True, nonnegative=True)
 ONE = Const(1.0, "float32")
+SPIN = "spin"  # the name of a rotation among the parts
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Loader:
 def of_keys(encoding: Encoding, page: tuple[int, int], tile: int) -> Loader:
     """Factors that are constant over the `tile` tokens of every tile leave the loop over tokens."""
     expr = encoding.expr(page)
-    inside = folded(substitute(expr, {n: tile * TILE + TOKEN}), {TOKEN: (0, tile - 1), k: (0, page[1] - 1)})
+    ranges = {TOKEN: (0, tile - 1), TILE: (0, max(1, -(-page[0] // tile)) - 1), k: (0, page[1] - 1)}
+    inside = folded(substitute(expr, {n: tile * TILE + TOKEN}), ranges)
     scale, factor, zero = _affine(inside, TOKEN)
     if factor is None or scale == ONE:
         return Loader(expr, page[1])
@@ -85,10 +91,16 @@ def row(expr: Expr, dim: int, into: str, names: Mapping[str, str] | None = None)
     whole, padded = dim // LANES * LANES, -(-dim // LANES) * LANES
     lines = []
     for c in range(0, whole, LANES):
-        lines.append(f"store({into} + {c}, {vector(substitute(expr, {k: c + LANE}), LANE, {}, names)});")
+        lines.append(f"store({into} + {c}, {column(expr, c, names)});")
     for c in range(whole, dim):
         lines.append(f"{into}[{c}] = {scalar(substitute(expr, {k: sympy.Integer(c)}), names)};")
     return lines + [f"{into}[{c}] = 0;" for c in range(dim, padded)]
+
+
+def column(expr: Expr, c: int, names: Mapping[str, str] | None = None) -> str:
+    """The expression at columns c … c + 15 as a C++ vector."""
+    at = folded(substitute(expr, {k: c + LANE}), {LANE: (0, LANES - 1)})
+    return vector(trimmed(at), LANE, {}, names)
 
 
 def dense_row(dtype: str, dim: int) -> list[str]:
@@ -98,19 +110,112 @@ def dense_row(dtype: str, dim: int) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a kernel reads of a page: `sample` [1, …] of a slot, or, if `shared`, of a table [G or 1, …]."""
+
+    role: str
+    name: str
+    sample: torch.Tensor
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Form:
+    """A body as kernels see it: pages of `cap` tokens and how they are encoded.
+
+    `turned`: keys are kept as they were before the rotary turn, which couples columns, so that nothing leaves them.
+    `spins`: the orthogonal matrices of rows that keys, and values, were multiplied with before they were encoded. The
+    queries of keys are multiplied with the same (turned keys are multiplied back), and what is read of values at the
+    end.
+    """
+
+    cap: int
+    key_dim: int
+    value_dim: int
+    keys: Encoding
+    values: Encoding
+    turned: bool = False
+    spins: tuple[Rotated | None, Rotated | None] = (None, None)
+
+    @classmethod
+    def of(cls, site: Site, number: int) -> Form:
+        """Body `number` of a site."""
+        pair = site.encodings[number]
+        keys, values = (e.inner if isinstance(e, Rotated) else e for e in pair)
+        first, second = (e if isinstance(e, Rotated) else None for e in pair)
+        turned = site.frame == "pre" and site.rope is not None
+        dims = site.key_dim, site.value_dim
+        if any(spin and dim % LANES for spin, dim in zip((first, second), dims, strict=True)):
+            raise NotImplementedError(f"a rotation of heads of {dims} numbers, which are no whole vectors")
+        return cls(site.caps[number], *dims, keys, values, turned, (first, second))
+
+    @property
+    def parts(self) -> list[Part]:
+        """Parts that the expressions read, of keys and then of values, in the order of `Pages.parts`."""
+        roles = (("keys", self.keys, self.key_dim), ("values", self.values, self.value_dim))
+        out = []
+        for (role, encoding, dim), spin in zip(roles, self.spins, strict=True):
+            held, tables = samples(encoding, self.cap, dim)
+            for name in stored(encoding.expr((self.cap, dim))):
+                out.append(Part(role, name, held[name] if name in held else tables[name], name not in held))
+            if spin is not None:
+                matrix = spin.rotation(dim)
+                matrix = matrix.T if role == "keys" and not self.turned else matrix
+                out.append(Part(role, SPIN, matrix[None].contiguous(), True))
+        return out
+
+
+@cache
+def samples(encoding: Encoding, cap: int, dim: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parts [1, …] of a page of an encoding, and its tables."""
+    x = torch.zeros(1, cap, dim)
+    if encoding.calibrated:
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    tables = encoding.fit(x)
+    return dict(encoding.encode(x, tables or None)), tables
+
+
+@dataclass(frozen=True)
 class Body:
-    """The loaders of a site's body, and how many tokens a tile has."""
+    """The loaders of a body, and how many tokens a tile has.
+
+    `columns`: keys are read as columns, a vector holding one channel of 16 tokens; None: as rows. `factors`: likewise
+    the scales and zeros of values, one after the other.
+    """
 
     tile: int
     keys: Loader
     values: Loader
+    columns: Columns | None = None
+    factors: Columns | None = None
 
     @classmethod
-    def of(cls, site: Site) -> Body:
+    def of(cls, form: Form) -> Body:
         """The longest tile over which the factors of the keys are constant, or the longest if they never are."""
-        values = of_values(site.value_encoding, (site.kept, site.value_dim))
-        for tile in TILES:
-            keys = of_keys(site.key_encoding, (site.kept, site.key_dim), tile)
-            if keys.scale:
-                return cls(tile, keys, values)
-        return cls(TILES[0], of_keys(site.key_encoding, (site.kept, site.key_dim), TILES[0]), values)
+        page = (form.cap, form.key_dim)
+        values = of_values(form.values, (form.cap, form.value_dim))
+        zeros = (zero or Const(0.0, "float32") for zero in values.zero)
+        spread = columns([x for pair in zip(values.scale, zeros, strict=True) for x in pair], form.cap)
+        factors = spread if values.scale else None
+        if form.turned:
+            return cls(TILES[0], Loader(form.keys.expr(page), form.key_dim), values, None, factors)
+        found = [(tile, of_keys(form.keys, page, tile)) for tile in TILES]
+        tile, keys = next(((t, loader) for t, loader in found if loader.scale), found[0])
+        return cls(tile, keys, values, _columns(keys, tile, form), factors)
+
+
+def _columns(keys: Loader, tile: int, form: Form) -> Columns | None:
+    """Keys as columns where that costs less than sums over lanes: where they are codes."""
+    inside = substitute(keys.factor, {TOKEN: n - tile * TILE})
+    each = [substitute(inside, {k: sympy.Integer(d)}) for d in range(form.key_dim)]
+    found = columns(each, form.cap, shifts=bool(keys.scale))
+    return found if found and found.codes else None
+
+
+def trimmed(expr: Expr) -> Expr:
+    """Without masks of what the shift of a byte has left."""
+    match expr:
+        case Bin("and", Bin("shr", Cast("int32", Load(_, _, "uint8")), Index(by)) as inner, Const(mask)):
+            by = sympy.sympify(by)
+            return inner if by.is_Integer and int(mask) >= 255 >> int(by) else expr
+    return rebuilt(expr, trimmed, lambda index: index)

@@ -1,13 +1,14 @@
 """The C++ text of attention over segments; `attention_source.py` fills in the shapes and loaders of a cache site.
 
-out[t] = Σ_s exp(scale · q[t] · k[s] - ℓ[t]) · v[s] with ℓ the log-sum-exp over the tokens that query t sees: sinks,
-body, tail, and its new tokens. Float32 accumulation. A unit of work is a (row, KV head, chunk of tokens); it leaves a
-maximum, a sum and a weighted value per query, and the last unit of a row and KV head merges them.
+out[t] = Σ_s exp(scale · q[t] · k[s] + bias[s] - ℓ[t]) · v[s] with ℓ the log-sum-exp over the tokens that query t sees:
+sinks, bodies, tail, and its new tokens. Float32 accumulation. A unit of work is a (row, KV head, chunk of tokens); it
+leaves a maximum, a sum and a weighted value per query, and the last unit of a row and KV head merges them. Heads may
+hold different numbers of pages: what is beyond a head's last chunk returns at once.
 
-What a query reads is cut into tiles and chunks by its place in the query's own sequence: committed tail first, then the
-new tokens it sees, in order. So the arithmetic of a query does not depend on how many other queries or tokens the step
-brought, and a token verified in a tree gets the bits that it gets when decoded alone. `tile` must not be inlined: every
-tile of a kind then runs the same instructions.
+What a query reads is cut into tiles and chunks by its place in the query's own sequence: pages of each body as they lie
+or as the query's list names them, then the committed tail, then the new tokens it sees, in order. So the arithmetic of
+a query does not depend on how many other queries or tokens the step brought, and a token verified in a tree gets the
+bits that it gets when decoded alone.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from string import Template
 KERNEL = Template("""\
 namespace ${name}_of {
 namespace {  // without linkage: a static in an inline function would be one for all kernels of the process
-constexpr int64_t H = $heads, G = $groups, R = H / G, D = $key_dim, E = $value_dim, SINK = $sink, KEPT = $kept;
+constexpr int64_t H = $heads, G = $groups, R = H / G, D = $key_dim, E = $value_dim, SINK = $sink, TURN = $turn;
 constexpr int64_t DP = (D + 15) / 16 * 16, EP = (E + 15) / 16 * 16;  // rows padded to whole vectors
-constexpr int64_t TILE = 32, BODY = $body, CHUNK = $chunk, PAGES = $pages, QUERIES = $queries, WINDOW = $window;
+constexpr int64_t TILE = 32, CHUNK = $chunk, QUERIES = $queries, WINDOW = $window, BODIES = $bodies;
 constexpr int64_t STATE = QUERIES * R * (EP + 2);
+constexpr bool STREAM = $stream;
+constexpr int64_t PER[] = {$per}, LISTED[] = {$listed};  // pages, and entries of lists, of each body that make a chunk
+constexpr bool TURNED_SINK = $turned_sink;  // sinks are kept as they were before the turn
 typedef $dense dense;
 
 static inline void key_row(const dense* x, float* y) {
@@ -30,87 +34,7 @@ static inline void value_row(const dense* x, float* y) {
 $dense_values
 }
 
-#ifdef __AVX512F__
-constexpr int HEADS = 2, VECTORS = 4;  // accumulators that fit the registers
-#else
-constexpr int HEADS = 2, VECTORS = 2;
-#endif
-
-// acc[h] += add[h] + Σ_n weight[h][n] * v[n] for N heads, from column FIRST on; the columns of one span share weights
-template <int64_t SPANS, int N, int64_t FIRST>
-static inline void mix(const float* weight, const float* add, const float* const* v, int count, float* acc) {
-  constexpr int64_t MANY = SPANS ? SPANS : 1, WIDE = EP / MANY;
-  constexpr int W = EP - FIRST < 16 * VECTORS ? (EP - FIRST) / 16 : VECTORS;
-  f32x16 o[N][W];
-  for (int h = 0; h < N; h++)
-    for (int w = 0; w < W; w++) {
-      o[h][w] = load<f32x16>(acc + h * EP + FIRST + 16 * w);
-      if (SPANS) o[h][w] += add[h * MANY + (FIRST + 16 * w) / WIDE];
-    }
-  for (int n = 0; n < count; n++)
-    for (int w = 0; w < W; w++) {
-      f32x16 x = load<f32x16>(v[n] + FIRST + 16 * w);
-      for (int h = 0; h < N; h++) o[h][w] += weight[(h * MANY + (FIRST + 16 * w) / WIDE) * 32 + n] * x;
-    }
-  for (int h = 0; h < N; h++)
-    for (int w = 0; w < W; w++) store(acc + h * EP + FIRST + 16 * w, o[h][w]);
-  if constexpr (FIRST + 16 * W < EP) mix<SPANS, N, FIRST + 16 * W>(weight, add, v, count, acc);
-}
-
-// One tile of at most 32 tokens for the R heads of one query. k, v: rows; those from `count` up to whole vectors must
-// be readable, `live` masks them. SPANS > 0: values are codes, and the columns of one span share a[span][n] and
-// z[span][n] with value = a * code + z; the factors go to the weights instead.
-template <int64_t SPANS>
-__attribute__((noinline)) void tile(
-    const float* q, const float* shift, const float* const* k, const float* const* v, const float* a, const float* z,
-    int count, uint32_t live, float softcap, float* acc, float* most, float* total) {
-  constexpr int64_t MANY = SPANS ? SPANS : 1, SUMS = (R * (SPANS + 1) + 15) / 16 * 16;
-  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const int halves = (count + 15) / 16;
-  alignas(64) float weight[R * MANY * 32], summed[SUMS];
-  f32x16 parts[SUMS] = {};  // what is summed over the tokens: the weights of each head, then weight * z of its spans
-  for (int64_t r = 0; r < R; r++) {
-    f32x16 s[2], highest = splat(-__builtin_inff());
-    i32x16 mask[2];
-    for (int h = 0; h < halves; h++) {
-      f32x16 dots[16];
-      for (int i = 0; i < 16; i++) {
-        const float* row = k[16 * h + i];
-        f32x16 x = load<f32x16>(q + r * DP) * load<f32x16>(row);
-        for (int64_t d = 16; d < DP; d += 16) x += load<f32x16>(q + r * DP + d) * load<f32x16>(row + d);
-        dots[i] = x;
-      }
-      s[h] = sums(dots) + shift[r];
-      if (softcap > 0) s[h] = tangent(s[h] / softcap) * softcap;
-      mask[h] = -((((int32_t)(live >> (16 * h)) - i32x16{}) >> lane) & 1);
-      s[h] = choose(mask[h], s[h], splat(-__builtin_inff()));
-      highest = larger(highest, s[h]);
-    }
-    float peak = top(highest), old = most[r];
-    if (peak > old) {
-      float shrink = decay(old - peak);
-      most[r] = peak;
-      total[r] *= shrink;
-      for (int64_t e = 0; e < EP; e += 16) store(acc + r * EP + e, load<f32x16>(acc + r * EP + e) * shrink);
-    }
-    for (int h = 0; h < halves; h++) {
-      f32x16 p = (f32x16)((i32x16)decay(s[h] - most[r]) & mask[h]);
-      parts[r] += p;
-      if (SPANS == 0) store(weight + r * 32 + 16 * h, p);
-      for (int64_t span = 0; span < SPANS; span++) {
-        store(weight + (r * MANY + span) * 32 + 16 * h, p * load<f32x16>(a + 32 * span + 16 * h));
-        parts[R + r * SPANS + span] += p * load<f32x16>(z + 32 * span + 16 * h);
-      }
-    }
-  }
-  for (int64_t i = 0; i < SUMS; i += 16) store(summed + i, sums(parts + i));
-  for (int64_t r = 0; r < R; r++) total[r] += summed[r];
-  int64_t r = 0;
-  for (; r + HEADS <= R; r += HEADS)
-    mix<SPANS, HEADS, 0>(weight + r * MANY * 32, summed + R + r * SPANS, v, count, acc + r * EP);
-  for (; r < R; r++) mix<SPANS, 1, 0>(weight + r * MANY * 32, summed + R + r * SPANS, v, count, acc + r * EP);
-}
-
+$tile
 struct Rows {  // the rows of one tile, converted where they must be
   alignas(64) float kb[TILE * DP], vb[TILE * EP];
   const float *k[TILE], *v[TILE];
@@ -123,10 +47,35 @@ struct Rows {  // the rows of one tile, converted where they must be
     key_row(key, kb + i * DP), value_row(value, vb + i * EP);
     k[i] = kb + i * DP, v[i] = vb + i * EP;
   }
+  float* own(int i) {  // row i of the keys, where it may be written
+    if ($direct) memcpy(kb + i * DP, k[i], sizeof(float) * DP);
+    k[i] = kb + i * DP;
+    return kb + i * DP;
+  }
   void pad(int count) {  // rows that vectors of tokens read but `live` masks
     for (int i = count; i % 16; i++) k[i] = k[0], v[i] = v[0];
   }
 };
+
+$held
+// Chunks of a body that the queries of a unit read: of the head's pages, or of the longest of their lists.
+static inline int64_t chunks_of(const Buffers& at, const Call& call, int64_t i, int64_t b, int64_t g, int64_t t0,
+                                int64_t queries) {
+  const Pages& in = at.bodies[i];
+  int64_t entries = in.picks ? 0 : in.held[b * G + g];
+  for (int64_t t = t0; in.picks && t < t0 + queries; t++) {
+    const int64_t n = in.picked[(b * call.tokens + t) * G + g];
+    entries = n > entries ? n : entries;
+  }
+  const int64_t each = in.picks ? LISTED[i] : PER[i];
+  return (entries + each - 1) / each;
+}
+static inline int64_t chunks_of(const Buffers& at, const Call& call, int64_t b, int64_t g, int64_t t0,
+                                int64_t queries) {
+  int64_t n = (at.counts[4 * b + 2] + call.tokens + CHUNK - 1) / CHUNK;
+  for (int64_t i = 0; i < BODIES; i++) n += chunks_of(at, call, i, b, g, t0, queries);
+  return n;
+}
 
 struct Unit {  // what one unit of work reads and writes
   const Buffers& at;
@@ -137,6 +86,7 @@ struct Unit {  // what one unit of work reads and writes
   int64_t oldest;  // no query of the unit sees a position below it
   bool chains;     // every query that is real sees all new tokens up to itself
   float *acc, *most, *total;
+  alignas(64) float padded[TILE] = {};
 
   Unit(const Buffers& at, const Call& call, int64_t b, int64_t g, int64_t t0, int64_t queries, float* state)
       : at(at), call(call), b(b), g(g), t0(t0), queries(queries), oldest(INT64_MAX), chains(true),
@@ -158,14 +108,15 @@ struct Unit {  // what one unit of work reads and writes
   bool real(int64_t t) const { return seen[t][(t0 + t) / 64] >> ((t0 + t) % 64) & 1; }
   const int32_t* counts() const { return at.counts + 4 * b; }
 
-  void dense_tile(int64_t t, const Rows& rows, int count, uint32_t live) {
-    static const float zeros[R] = {};
-    if (live) see<0>(t, q[t][0], zeros, rows.k, rows.v, 0, 0, count, live);
-  }
-  template <int64_t SPANS>
-  void see(int64_t t, const float* q, const float* shift, const float* const* k, const float* const* v, const float* a,
+  template <int64_t SPANS, class Keys, class V>
+  void see(int64_t t, const float* q, const float* shift, const float* bias, const Keys& k, const V& v, const float* a,
            const float* z, int count, uint32_t live) {
-    tile<SPANS>(q, shift, k, v, a, z, count, live, call.softcap, acc + t * R * EP, most + t * R, total + t * R);
+    float *x = acc + t * R * EP, *m = most + t * R, *sum = total + t * R;
+    if (live) tile<SPANS>(q, shift, bias, k, v, a, z, count, live, call.softcap, x, m, sum);
+  }
+  void dense_tile(int64_t t, const Rows& rows, int count, uint32_t live, const float* bias = 0) {
+    static const float zeros[R] = {};
+    see<0>(t, q[t][0], zeros, bias, ByRow{rows.k}, Values{rows.v}, 0, 0, count, live);
   }
   // tokens at consecutive positions from `first` on that query t still sees
   uint32_t within(int64_t t, int64_t first, int count) const {
@@ -174,20 +125,49 @@ struct Unit {  // what one unit of work reads and writes
     int64_t gone = position(t) - WINDOW + 1 - first;
     return gone <= 0 ? live : gone >= count ? 0 : live & ~0u << gone;
   }
+  uint32_t within(int64_t t, const int32_t* places, int count) const {  // tokens at any positions
+    uint32_t live = ~0u >> (32 - count);
+    if (WINDOW)
+      for (int i = 0; i < count; i++)
+        if (position(t) - places[i] >= WINDOW) live &= ~(1u << i);
+    return live;
+  }
 
-  void sink() {
-    if (WINDOW && oldest >= SINK) return;
-    Rows rows;
-    for (int64_t first = 0; first < SINK; first += TILE) {
-      int count = SINK - first < TILE ? SINK - first : TILE;
-      for (int i = 0; i < count; i++) rows.take(i, at.sink_k, at.sink_v, (b * G + g) * SINK + first + i);
-      rows.pad(count);
-      for (int64_t t = 0; t < queries; t++)
-        if (real(t)) dense_tile(t, rows, count, within(t, first, count));
+  float* biases(const float* x, int count) {  // where whole vectors may be read
+    memcpy(padded, x, count * sizeof(float));
+    return padded;
+  }
+
+  const float* spun(float* into, const float* matrix) const {  // all queries times a rotation
+    for (int64_t t = 0; t < queries; t++)
+      for (int64_t r = 0; r < R; r++) spin<D>(q[t][r], matrix, into + (t * R + r) * DP);
+    return into;
+  }
+  void unspin(const float* matrix) {  // what was read so far times a rotation
+    alignas(64) float row[EP];
+    for (int64_t i = 0; i < queries * R; i++) {
+      spin<E>(acc + i * EP, matrix, row);
+      memcpy(acc + i * EP, row, sizeof row);
     }
   }
 
-$body_scan
+  void sink() {
+    const int64_t place = at.sink_at ? at.sink_at[b * G + g] : 0;
+    if (WINDOW && oldest >= place + SINK) return;
+    Rows rows;
+    for (int64_t first = 0; first < SINK; first += TILE) {
+      int count = SINK - first < TILE ? SINK - first : TILE;
+      for (int i = 0; i < count; i++) {
+        rows.take(i, at.sink_k, at.sink_v, (b * G + g) * SINK + first + i);
+        if (TURNED_SINK) turn(rows.own(i), at.turns + 2 * TURN * (place + first + i));
+      }
+      rows.pad(count);
+      for (int64_t t = 0; t < queries; t++)
+        if (real(t)) dense_tile(t, rows, count, within(t, place + first, count));
+    }
+  }
+
+$scans
 
   // Every query sees the new tokens up to itself: a tile has the same rows for all, and each reads what it sees.
   void chain(int64_t l, int64_t last) {
@@ -237,14 +217,15 @@ $body_scan
       }
     }
   }
+
+  void scan(int64_t c) {  // chunk c of all that the unit's queries read
+$dispatch
+    tail(c * CHUNK, (c + 1) * CHUNK);
+  }
 };
 
-static inline int64_t body_chunks(const int32_t* counts) {
-  return (counts[1] / (KEPT ? KEPT : 1) + PAGES - 1) / PAGES;
-}
-
-// out [E] of one query (number `slot` of its block) and head, from what its chunks left
-static inline void merge(const Call& call, int64_t h, int64_t slot, int64_t chunks, const float* states, float* out) {
+// out [E] of one query (number `slot` of its block) and head from what its chunks left, and its log-sum-exp
+static inline float merge(const Call& call, int64_t h, int64_t slot, int64_t chunks, const float* states, float* out) {
   const int64_t in = slot * R + h % R;
   float most = -__builtin_inff(), total = 0;
   alignas(64) float mixed[EP] = {};
@@ -267,37 +248,56 @@ static inline void merge(const Call& call, int64_t h, int64_t slot, int64_t chun
       store(mixed + e, load<f32x16>(mixed + e) + load<f32x16>(state + in * EP + e) * factor);
   }
   for (int64_t e = 0; e < E; e++) out[e] = real ? mixed[e] / total : 0;
+  return real ? most + std::log(total) : -__builtin_inff();
+}
+
+// The ranks do each(place, c) for the chunks c < own(place) of all places: who is free takes the next, or, with STREAM,
+// every rank has an equal run of them (Lean Attention, 2024, arXiv 2405.10480). What is computed is the same.
+template <class Own, class F> static inline void divide(Rank& rank, int64_t places, int64_t most, Own own, F each) {
+  if (!STREAM) return share(rank, places * most, [&](int64_t i) {
+    if (i % most < own(i / most)) each(i / most, i % most);
+  });
+  int64_t all = 0, before = 0, place = 0;
+  for (int64_t p = 0; p < places; p++) all += own(p);
+  const int64_t end = all * (rank.number + 1) / rank.team->size;
+  for (int64_t i = all * rank.number / rank.team->size; i < end; i++) {
+    for (int64_t n; i - before >= (n = own(place)); place++) before += n;
+    each(place, i - before);
+  }
 }
 
 static void run(Rank& rank, const Buffers& at, const Call& call) {
+  const int64_t pairs = at.rows * G, blocks = (call.tokens + QUERIES - 1) / QUERIES;
   int64_t chunks = 0;
-  for (int64_t b = 0; b < at.rows; b++) {
-    const int32_t* counts = at.counts + 4 * b;
-    int64_t n = body_chunks(counts) + (counts[2] + call.tokens + CHUNK - 1) / CHUNK;
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    const int64_t n = chunks_of(at, call, pair / G, pair % G, 0, call.tokens);
     chunks = n > chunks ? n : chunks;
   }
-  const int64_t pairs = at.rows * G, blocks = (call.tokens + QUERIES - 1) / QUERIES;
   int32_t* finished = call.finished;  // done chunks of a block of queries, row and KV head; 0 between steps
   float* states = call.work;
   for (int64_t first = 0; first < blocks; first += call.blocks) {  // as many blocks at once as there is scratch for
     if (first) meet(rank);
     const int64_t held = blocks - first < call.blocks ? blocks - first : call.blocks;
-    share(rank, held * pairs * chunks, [&](int64_t i) {
-      const int64_t c = i % chunks, place = i / chunks, pair = place % pairs, b = pair / G, g = pair % G;
-      const int64_t t0 = (first + place / pairs) * QUERIES;
-      const int64_t queries = call.tokens - t0 < QUERIES ? call.tokens - t0 : QUERIES;
-      const int64_t body = body_chunks(at.counts + 4 * b);
-      Unit unit(at, call, b, g, t0, queries, states + i * STATE);
+    const auto block = [&](int64_t place) { return (first + place / pairs) * QUERIES; };
+    const auto many = [&](int64_t t0) { return call.tokens - t0 < QUERIES ? call.tokens - t0 : QUERIES; };
+    const auto owned = [&](int64_t place) {
+      const int64_t pair = place % pairs, t0 = block(place);
+      return chunks_of(at, call, pair / G, pair % G, t0, many(t0));
+    };
+    divide(rank, held * pairs, chunks, owned, [&](int64_t place, int64_t c) {
+      const int64_t pair = place % pairs, b = pair / G, g = pair % G, t0 = block(place), queries = many(t0);
+      const int64_t own = owned(place);
+      Unit unit(at, call, b, g, t0, queries, states + (place * chunks + c) * STATE);
+      unit.scan(c);
       if (c == 0 && SINK && at.counts[4 * b]) unit.sink();
-      if (c < body) unit.body(c);
-      else unit.tail((c - body) * CHUNK, (c - body + 1) * CHUNK);
       // whoever finishes the last chunk of a place merges them, always in their order: no meeting between the passes
-      if (__atomic_add_fetch(&finished[place], 1, __ATOMIC_ACQ_REL) < chunks) return;
+      if (__atomic_add_fetch(&finished[place], 1, __ATOMIC_ACQ_REL) < own) return;
       __atomic_store_n(&finished[place], 0, __ATOMIC_RELAXED);
       for (int64_t h = g * R; h < (g + 1) * R; h++)
         for (int64_t slot = 0; slot < queries; slot++) {
           float* out = call.out + b * call.out_row + h * call.out_head + (t0 + slot) * call.out_token;
-          merge(call, h, slot, chunks, states + place * chunks * STATE, out);
+          const float lse = merge(call, h, slot, own, states + place * chunks * STATE, out);
+          if (call.lse) call.lse[(b * H + h) * call.tokens + t0 + slot] = lse;
         }
     });
   }
@@ -307,49 +307,3 @@ static void run(Rank& rank, const Buffers& at, const Call& call) {
 
 static void $name(Rank& rank, const int64_t* c) { ${name}_of::run(rank, *(const Buffers*)c[1], *(const Call*)c[2]); }
 """)
-
-BODY = Template("""\
-  void body(int64_t c) {
-    constexpr int64_t SPANS = $spans;
-    constexpr bool FOLD = $fold, SHIFT = $zero;  // the scale, and the zero, of a tile's keys go to the query
-    const int64_t used = counts()[1] / KEPT, end = (c + 1) * PAGES < used ? (c + 1) * PAGES : used;
-    alignas(64) float kb[BODY * DP], vb[BODY * EP], a[SPANS * 32 + 1] = {}, z[SPANS * 32 + 1] = {};
-    alignas(64) float key_scale[DP], key_zero[DP], scaled[R][DP], shift[R] = {};
-    const float *k[TILE], *v[TILE];
-    for (int i = 0; i < TILE; i++) k[i] = kb + i % BODY * DP, v[i] = vb + i % BODY * EP;
-    for (int64_t page = c * PAGES; page < end; page++) {
-      const int64_t slice = (b * G + g) * at.pages + page;
-$pointers
-      for (int64_t j = 0; j < (KEPT + BODY - 1) / BODY; j++) {
-        const int count = KEPT - j * BODY < BODY ? KEPT - j * BODY : BODY;
-        const int32_t* place = WINDOW ? at.places + slice * KEPT + j * BODY : 0;
-        if (WINDOW && place[count - 1] < oldest) continue;
-        for (int64_t i = 0; i < count; i++) {
-          const int64_t n = j * BODY + i;
-          float *key = kb + i * DP, *value = vb + i * EP;
-$decode
-        }
-$prepare
-        for (int64_t t = 0; t < queries; t++) {
-          if (!real(t)) continue;
-          uint32_t live = ~0u >> (32 - count);
-          if (WINDOW)
-            for (int i = 0; i < count; i++)
-              if (position(t) - place[i] >= WINDOW) live &= ~(1u << i);
-          if (!live) continue;
-          if (FOLD)
-            for (int64_t r = 0; r < R; r++) {
-              f32x16 constant = {};
-              for (int64_t d = 0; d < DP; d += 16) {
-                store(scaled[r] + d, load<f32x16>(q[t][r] + d) * load<f32x16>(key_scale + d));
-                if (SHIFT) constant += load<f32x16>(q[t][r] + d) * load<f32x16>(key_zero + d);
-              }
-              if (SHIFT) shift[r] = sum(constant);
-            }
-          see<SPANS>(t, FOLD ? scaled[0] : q[t][0], shift, k, v, a, z, count, live);
-        }
-      }
-    }
-  }""")
-
-EMPTY_BODY = "  void body(int64_t) {}"

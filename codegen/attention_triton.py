@@ -9,27 +9,33 @@ from typing import Any, TypeAlias
 import torch
 
 from ..ir.cache import Cache, Site
-from ..ir.encoding.expr import Cast, Expr, Load, k, n
+from ..ir.cache.body import Body
 from ..ir.errors import SmeltError
-from .attention_source import parts
-from .attention_triton_columns import tile
-from .attention_triton_template import BODY_LOADERS, BODY_SCAN, KERNEL, SINK_SCAN
-from .printers import triton as printer
+from . import attention_triton_lists
+from .attention import Picks
+from .attention_triton_source import PIECES, ROWS, TILE, Scan, parameters, scans, source
+from .product_triton import POINTERS
 from .triton_module import load
+
+__all__ = [
+    "OCCUPANCY", "PIECES", "POINTERS", "ROWS", "TILE", "Launch", "Picks", "TritonAttention", "covers", "options",
+    "signature", "source",
+]  # fmt: skip
 
 Launch: TypeAlias = Callable[[], Any]
 
-TILE = 32  # tokens of a dense tile
-ROWS = 16  # query rows of a program: the fewest that tl.dot takes; from 32 on, 128 channels spill on sm_80 and sm_90
-PIECES = 16  # pieces of a unit that are merged at once
 OCCUPANCY = 2  # programs on a multiprocessor
 INTERPRETED = 6  # programs where there is no multiprocessor to count: in Triton's interpreter
-POINTERS = {
-    "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8", "uint8": "*u8",
-}  # fmt: skip
 
 
 def covers(site: Site) -> str | None:
+    """Why a site's attention is not computed by these kernels, or None."""
+    if site.predict is not None:
+        return "a layer's tokens are rebuilt from the layer before, which no kernel does"
+    return _unprinted(site) or attention_triton_lists.refuses(site)
+
+
+def _unprinted(site: Site) -> str | None:
     """Why there is no kernel for a site, or None."""
     try:
         source(site)
@@ -38,91 +44,13 @@ def covers(site: Site) -> str | None:
     return None
 
 
-def source(site: Site) -> str:
-    """The kernels `attend` and `merge` of a site as a Python module; NotImplementedError where it cannot be printed."""
-    kept = site.kept if site.tail is not None else 0
-    text: dict[str, Any] = {
-        "site": site,
-        "heads": site.heads,
-        "groups": site.kv_heads,
-        "group": site.group,
-        "key_dim": site.key_dim,
-        "value_dim": site.value_dim,
-        "key_pad": _padded(site.key_dim),
-        "value_pad": _padded(site.value_dim),
-        "dense_key": _tile(_dense(site.dense, site.key_dim), site.key_dim, "live"),
-        "dense_value": _tile(_dense(site.dense, site.value_dim), site.value_dim, "live"),
-        "compute": site.dense,
-        "sink": site.sink,
-        "kept": kept,
-        "window": site.window or 0,
-        "tile": TILE,
-        "pieces": PIECES,
-    }
-    text["sink_scan"] = SINK_SCAN.substitute(text) if site.sink else ""
-    none = {"body_loaders": "", "body_scan": "", "body_tiles": "n_body * 0", "parameters": ""}
-    text |= _body(site, text) if kept else none
-    return KERNEL.substitute(text)
-
-
-def _body(site: Site, text: dict[str, Any]) -> dict[str, str]:
-    """The loaders of the body's pages, the scan over them, and the parts as parameters of the kernel.
-
-    Scales stay with the codes: tensor cores read the query in a form that every warp holds whole, so that scaling it
-    (as the kernel for CPUs does) took 64 registers a thread more than scaling 32 keys.
-    """
-    pages, tiles = parts(site), -(-site.kept // TILE)
-    names = {role: {part: f"{role}_{part}" for r, part, _ in pages if r == role} for role in ("keys", "values")}
-    here = {
-        role: ", ".join(f"{role}_{part} + at_page * {page.numel()}" for r, part, page in pages if r == role)
-        for role in ("keys", "values")
-    }
-    keys, values = (
-        tile(encoding.expr((site.kept, dim)), dim, _padded(dim), TILE, site.kept, names[role])
-        for role, encoding, dim in (
-            ("keys", site.key_encoding, site.key_dim),
-            ("values", site.value_encoding, site.value_dim),
-        )
-    )
-    fill = {
-        **text,
-        "tiles": tiles,
-        "key_parts": ", ".join(names["keys"].values()),
-        "value_parts": ", ".join(names["values"].values()),
-        "key": keys,
-        "value": values,
-        "keys_here": here["keys"],
-        "values_here": here["values"],
-    }
-    return {
-        "body_loaders": BODY_LOADERS.substitute(fill),
-        "body_scan": BODY_SCAN.substitute(fill),
-        "body_tiles": f"n_body // {site.kept} * {tiles}",
-        "parameters": "".join(f", {role}_{part}" for role, part, _ in pages),
-    }
-
-
-def signature(site: Site, sinks: bool = False) -> dict[str, dict[str, str]]:
+def signature(site: Site, sinks: bool = False, lists: bool = False) -> dict[str, dict[str, str]]:
     """Triton's type of every argument of both kernels, for compiling ahead of time."""
-    dense, kept = POINTERS[site.dense], site.kept if site.tail is not None else 0
-    pages = {
-        f"{role}_{part}": POINTERS[str(page.dtype).removeprefix("torch.")]
-        for role, part, page in (parts(site) if kept else [])
+    kernels, constants = parameters(site, sinks, lists), dict.fromkeys(("SINKS", "PAIRS", "M"), "constexpr")
+    return {
+        "attend": {**kernels["attend"], "SOFTCAP": "constexpr", **constants},
+        "merge": {**kernels["merge"], **constants},
     }
-    numbers = {"sinks": "*fp32" if sinks else "constexpr"}
-    numbers |= dict.fromkeys(("out_row", "out_head", "out_token", "B", "T", "P"), "i32")
-    numbers |= dict.fromkeys(("SINKS", "BATCH", "M"), "constexpr")
-    attend = {
-        **dict.fromkeys(("q", "out", "work", "stats"), "*fp32"),
-        **dict.fromkeys(("sink_k", "sink_v", "tail_k", "tail_v"), dense),
-        **pages,
-        **{"places": "*i32", "counts": "*i32", "positions": "*i64", "visible": "*i64"},
-        **numbers,
-        **dict.fromkeys(("q_row", "q_head", "q_token", "W"), "i32"),
-        **{"scale": "fp32", "softcap": "fp32", "SOFTCAP": "constexpr"},
-    }
-    merge = {**dict.fromkeys(("work", "stats", "out"), "*fp32"), "counts": "*i32", **numbers}
-    return {"attend": attend, "merge": merge}
 
 
 def options(site: Site) -> dict[str, int]:
@@ -146,11 +74,12 @@ class TritonAttention:
     """
 
     def __init__(self, site: Site, programs: int | None = None) -> None:
-        if why := covers(site):
+        if why := _unprinted(site):
             raise SmeltError(f"cache site of layer {site.layer}: no attention kernel on this target: {why}")
         self.site, self.source, self.programs = site, source(site), programs
         module = load(self.source, "attention")
         self.attend, self.merge = module.attend, module.merge
+        self._scans, self._names = scans(site), parameters(site)
         self._scratch: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(
@@ -162,9 +91,10 @@ class TritonAttention:
         scale: float,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        picks: Picks | None = None,
     ) -> None:
         """out [B, H, T, E] = attention of q [B, H, T, D] over a layer in the cache's current step; both float32."""
-        for launch in self.launches(cache, layer, q, out, scale, softcap, sinks):
+        for launch in self.launches(cache, layer, q, out, scale, softcap, sinks, picks):
             launch()
 
     def launches(
@@ -176,28 +106,50 @@ class TritonAttention:
         scale: float,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        picks: Picks | None = None,
     ) -> tuple[Launch, Launch]:
-        """What `__call__` runs: right for every later step of this shape whose tensors lie where these do."""
+        """What `__call__` runs: right for every later step of this shape whose tensors lie where these do.
+
+        `picks`: what is read of the body, where the site retrieves; without it everything is.
+        """
         segments, step, site = cache.segments[layer], cache.step, self.site
         if step is None:
             raise RuntimeError("no step: call begin and append before attending")
-        programs, new, counts = self._programs(q.device), step.tokens, cache.counts(layer)
+        programs, new = self._programs(q.device), step.tokens
         work, stats = self.scratch(q)
-        dense = (segments.sink_k, segments.sink_v, segments.tail_k, segments.tail_v)
-        places = segments.places if segments.places is not None else counts
-        constants = {"SINKS": sinks is not None, "BATCH": _power(cache.batch), "M": ROWS}
-        attend = partial(
-            self.attend[(programs,)],
-            q, out, work, stats, *dense, *segments.keys.values(), *segments.values.values(),
-            places, counts, step.positions, step.words, sinks, *q.stride()[:3], *out.stride()[:3],
-            cache.batch, new, segments.width, segments.slots, scale, softcap or 0.0,
-            SOFTCAP=softcap is not None, **constants, **options(site),
-        )  # fmt: skip
-        merge = partial(
-            self.merge[(cache.batch * site.heads * new,)],
-            work, stats, sinks, out, counts, *out.stride()[:3], cache.batch, new, programs, **constants,
-        )  # fmt: skip
-        return attend, merge
+        given: dict[str, Any] = {"q": q, "out": out, "work": work, "stats": stats, "counts": cache.counts(layer)}
+        given |= {name: getattr(segments, name) for name in ("sink_k", "sink_v", "tail_k", "tail_v")}
+        for body, scan in zip(segments.bodies, self._scans, strict=True):
+            given |= _held(body, scan)
+        given |= {"sink_at": segments.sink_at, "turns": cache.turns(layer), "sinks": sinks}
+        given |= {"positions": step.positions, "visible": step.words, "B": cache.batch, "T": new, "P": programs}
+        given |= dict(zip(("q_row", "q_head", "q_token"), q.stride(), strict=False))
+        given |= dict(zip(("out_row", "out_head", "out_token"), out.stride(), strict=False))
+        given |= {"W": segments.width, "scale": scale, "softcap": softcap or 0.0}
+        given |= self._listed(picks, layer, new)
+        constants = {"SINKS": sinks is not None, "PAIRS": _power(cache.batch * site.kv_heads)}
+        attend, merge = ({name: given[name] for name in self._names[kernel]} for kernel in ("attend", "merge"))
+        return (
+            partial(
+                self.attend[(programs,)], **attend, SOFTCAP=softcap is not None, **constants, M=ROWS, **options(site)
+            ),
+            partial(self.merge[(cache.batch * site.heads * new,)], **merge, **constants, M=ROWS),
+        )
+
+    def _listed(self, picks: Picks | None, layer: int, new: int) -> dict[str, Any]:
+        """The lists as arguments."""
+        if picks is None:
+            return dict.fromkeys(("picks", "picked", "N"))
+        if "N" not in self._names["merge"]:
+            raise ValueError(f"layer {layer}: its site reads the whole body, and takes no list of what to read")
+        entries, counts = picks
+        shape = (counts.shape[0], new, self.site.kv_heads)
+        if entries.shape[:3] != shape or counts.shape != shape or not entries.is_contiguous() & counts.is_contiguous():
+            raise ValueError(
+                f"layer {layer}: lists are contiguous [B, T, G, n] and [B, T, G], here [B, {new}, {shape[2]}, …], "
+                f"not {list(entries.shape)} and {list(counts.shape)}"
+            )
+        return {"picks": entries, "picked": counts, "N": entries.shape[3]}
 
     def scratch(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values, and maxima with sums, of two pieces a program; the layers and steps of a device share them."""
@@ -214,19 +166,19 @@ class TritonAttention:
         return OCCUPANCY * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _held(body: Body, scan: Scan) -> dict[str, Any]:
+    """The buffers of a body as arguments."""
+    given: dict[str, Any] = {}
+    for part in scan.form.parts:
+        stored = body.keys if part.role == "keys" else body.values
+        held = body.tables[part.role][part.name] if part.shared else stored[part.name]
+        given[scan.name(part)] = held
+        given[f"{scan.name(part)}_step"] = held.stride(0) if len(held) > 1 else 0
+    at = scan.number
+    given |= {f"pages{at}": body.pages, f"table{at}": body.table, f"held{at}": body.held, f"P{at}": body.table.shape[2]}
+    return given | {f"places{at}": body.places, f"bias{at}": body.bias}
+
+
 def _power(n: int) -> int:
     """The lowest power of two from n on."""
     return 1 << (n - 1).bit_length()
-
-
-def _padded(dim: int) -> int:
-    return max(16, _power(dim))
-
-
-def _dense(dtype: str, dim: int) -> Expr:
-    stored = Load("x", n * dim + k, dtype)
-    return stored if dtype == "float32" else Cast("float32", stored)
-
-
-def _tile(expr: Expr, dim: int, rows: str) -> str:
-    return printer.text(expr, row_mask=f"({rows})", column_mask=f"(k < {dim})")

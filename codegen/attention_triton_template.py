@@ -1,12 +1,12 @@
-"""The Triton text of attention over segments; `attention_triton.py` fills in a site's shapes and loaders.
+"""The Triton text of attention over segments; `attention_triton_source.py` fills in a site's shapes and loaders.
 
 A unit of work is M query rows m = (new token, head of the group) of one (row, KV head), over all tiles of tokens that
-the row stores. The tiles of all units lie end to end, units of a row in order, and every program of a fixed grid takes
-an equal stretch of them (Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase of
-Transformers, 2024, arXiv 2405.10480). A unit inside a stretch is finished at once. One that is cut leaves a weighted
-value, a maximum and a sum for each piece, and `merge` joins the pieces in their order. Where the cuts fall follows from
-the counts on the device. Sums are float32; products of rows and tiles take operands of the site's dense type (float32:
-without TF32).
+this KV head of the row stores; heads may store different numbers. The tiles of all units lie end to end, and every
+program of a fixed grid takes an equal stretch of them (Lean Attention: Hardware-Aware Scalable Attention Mechanism for
+the Decode-Phase of Transformers, 2024, arXiv 2405.10480). A unit inside a stretch is finished at once. One that is cut
+leaves a weighted value, a maximum and a sum for each piece, and `merge` joins the pieces in their order. Where the cuts
+fall follows from the numbers of pages on the device. Sums are float32; products of rows and tiles take operands of the
+site's dense type (float32: without TF32).
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ KERNEL = Template('''\
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def key_rows(x, n, live):
-    k = tl.arange(0, $key_pad)[None, :]
-    return $dense_key
-
-
+$dense_keys
 @triton.jit
 def value_rows(x, n, live):
     k = tl.arange(0, $value_pad)[None, :]
@@ -33,8 +27,8 @@ def value_rows(x, n, live):
 
 
 @triton.jit
-def score(query, keys, live, softcap, SOFTCAP: tl.constexpr):
-    s = tl.dot(query.to(tl.$compute), tl.trans(keys.to(tl.$compute)), input_precision="ieee")
+def score($queries, $keys, live, softcap, SOFTCAP: tl.constexpr):
+$products
     if SOFTCAP:
         s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
     return tl.where(live, s, float("-inf"))
@@ -54,49 +48,51 @@ def weigh(s, most, total, acc):
 def mix(p, values):
     return tl.dot(p.to(tl.$compute), values.to(tl.$compute), input_precision="ieee")
 
-$body_loaders
+$loaders
 @triton.jit
-def tiles_of(counts, here, T):
-    """Tiles of one or more rows in sink, body and tail, and how many the window skips in front of the tail's."""
-    n_sink, n_body = tl.load(counts, mask=here, other=0), tl.load(counts + 1, mask=here, other=0)
+def tiles_of($sizes, pair, here, T):
+    """Tiles of one or more KV heads in sink, bodies and tail, and how many the window skips in front of the tail's."""
+    counts += 4 * (pair // $groups)
+    n_sink = tl.load(counts, mask=here, other=0)
     n_tail, length = tl.load(counts + 2, mask=here, other=0), tl.load(counts + 3, mask=here, other=0)
     sink, skipped = (n_sink + $tile - 1) // $tile, n_tail * 0
     if $window:  # new tokens stand at the row's length or behind it
-        sink = tl.where(length - (n_sink - 1) < $window, sink, 0)
+        last = n_sink - 1$sink_first
+        sink = tl.where(length - last < $window, sink, 0)
         skipped = tl.maximum(n_tail - $window + 1, 0) // $tile
-    return sink, $body_tiles, (n_tail + T + $tile - 1) // $tile - skipped, skipped
+$body_tiles
+    return sink, $bodies(n_tail + T + $tile - 1) // $tile - skipped, skipped
 
 
 @triton.jit
-def laid(counts, B, T, blocks, BATCH: tl.constexpr):
-    """Row numbers, and the tiles that all units of each row have together."""
-    rows = tl.arange(0, BATCH)
-    sink, body, tail, skipped = tiles_of(counts + 4 * rows, rows < B, T)
-    return rows, tl.where(rows < B, sink + body + tail, 0).to(tl.int64) * ($groups * blocks)
+def laid($sizes, B, T, blocks, PAIRS: tl.constexpr):
+    """Numbers of (row, KV head) pairs, and the tiles that all units of each have together."""
+    pairs = tl.arange(0, PAIRS)
+    here = pairs < B * $groups
+    sink, ${bodies}tail, skipped = tiles_of($sizes, pairs, here, T)
+    return pairs, tl.where(here, sink + $body_sum + tail, 0).to(tl.int64) * blocks
 
 
 @triton.jit
 def attend(
-    q, out, work, stats, sink_k, sink_v, tail_k, tail_v$parameters, places, counts, positions, visible, sinks,
-    q_row, q_head, q_token, out_row, out_head, out_token, B, T, W, P, scale, softcap,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, BATCH: tl.constexpr, M: tl.constexpr,
+    $parameters,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr,
 ):
     blocks = (T * $group + M - 1) // M
-    rows, each = laid(counts, B, T, blocks, BATCH)
+    pairs, each = laid($sizes, B, T, blocks, PAIRS)
     upto, all_tiles = tl.cumsum(each, 0), tl.sum(each, 0)
     programs, program = tl.minimum(tl.num_programs(0), all_tiles), tl.program_id(0).to(tl.int64)
     i = tl.minimum(program, programs) * all_tiles // programs
     end = tl.minimum(program + 1, programs) * all_tiles // programs
     while i < end:
-        b = tl.sum((upto <= i).to(tl.int32), 0).to(tl.int64)
-        n_sink_tiles, n_body_tiles, n_tail_tiles, skipped = tiles_of(counts + 4 * b, b < B, T)
-        many = n_sink_tiles + n_body_tiles + n_tail_tiles
-        inside_row = i - tl.sum(tl.where(rows < b, each, 0), 0)
-        unit = (inside_row // many).to(tl.int32)
-        low = (inside_row % many).to(tl.int32)
+        pair = tl.sum((upto <= i).to(tl.int32), 0).to(tl.int64)
+        b, g = pair // $groups, (pair % $groups).to(tl.int32)
+        n_sink_tiles, ${bodies}n_tail_tiles, skipped = tiles_of($sizes, pair, b < B, T)
+        many = n_sink_tiles + $body_sum + n_tail_tiles
+        inside_pair = i - tl.sum(tl.where(pairs < pair, each, 0), 0)
+        block = (inside_pair // many).to(tl.int32)
+        low = (inside_pair % many).to(tl.int32)
         high = tl.minimum(low + end - i, many).to(tl.int32)
-        g, block = unit // blocks, unit % blocks
-        pair = b * $groups + g
         m = block * M + tl.arange(0, M)
         t, head = (m // $group).to(tl.int64), g * $group + m % $group
         inside = t < T
@@ -104,15 +100,15 @@ def attend(
         own = tl.load(visible + (b * T + t) * words + t // 64, mask=inside, other=0)
         real = ((own >> (t % 64)) & 1) != 0
         at = tl.load(positions + b * T + t, mask=inside, other=0)
-        k = tl.arange(0, $key_pad)[None, :]
         heads = b * q_row + head * q_head + t * q_token
-        query = tl.load(q + heads[:, None] + k, mask=inside[:, None] & (k < $key_dim), other=0).to(tl.float32) * scale
+$query
         zeros = tl.zeros((M,), tl.float32)
         most, total, acc = zeros + float("-inf"), zeros, tl.zeros((M, $value_pad), tl.float32)
         n_tail, length = tl.load(counts + 4 * b + 2), tl.load(counts + 4 * b + 3)
+        before = n_sink_tiles
 $sink_scan
-$body_scan
-        before = n_sink_tiles + n_body_tiles - skipped
+$body_scans
+        before -= skipped
         row = tl.arange(0, $tile)
         whole = n_tail // $tile  # tiles of stored tokens alone: no bitset to read
         for tile in range(tl.maximum(low - before, skipped), tl.minimum(high - before, whole)):
@@ -120,8 +116,8 @@ $body_scan
             if $window:
                 live = live & (at[:, None] - (length - n_tail + tile * $tile + row)[None, :] < $window)
             first, n = pair * W + tile * $tile, row[:, None]
-            keys = key_rows(tail_k + first * $key_dim, n, n >= 0)
-            p, most, total, acc = weigh(score(query, keys, live, softcap, SOFTCAP), most, total, acc)
+$whole_keys
+            p, most, total, acc = weigh(score($queries, $keys, live, softcap, SOFTCAP), most, total, acc)
             acc += mix(p, value_rows(tail_v + first * $value_dim, n, n >= 0))
         for tile in range(tl.maximum(low - before, tl.maximum(skipped, whole)), high - before):
             slot = tile * $tile + row
@@ -140,8 +136,8 @@ $body_scan
                 place = tl.where(fresh, place, (length - n_tail + slot).to(tl.int64))
                 live = live & (at[:, None] - place[None, :] < $window)
             first, n = pair * W + tile * $tile, row[:, None]
-            keys = key_rows(tail_k + first * $key_dim, n, holds[:, None])
-            p, most, total, acc = weigh(score(query, keys, live, softcap, SOFTCAP), most, total, acc)
+$new_keys
+            p, most, total, acc = weigh(score($queries, $keys, live, softcap, SOFTCAP), most, total, acc)
             acc += mix(p, value_rows(tail_v + first * $value_dim, n, holds[:, None]))
 
         e = tl.arange(0, $value_pad)[None, :]
@@ -165,19 +161,19 @@ $body_scan
 
 @triton.jit
 def merge(
-    work, stats, sinks, out, counts, out_row, out_head, out_token, B, T, P,
-    SINKS: tl.constexpr, BATCH: tl.constexpr, M: tl.constexpr,
+    $merged,
+    SINKS: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr,
 ):
     """One output row from the pieces of its unit, if the unit was cut; P programs computed them."""
     row = tl.program_id(0).to(tl.int64)
     b, h, t = row // ($heads * T), row // T % $heads, row % T
-    g, m = h // $group, t * $group + h % $group
+    pair, m = b * $groups + h // $group, t * $group + h % $group
     blocks = (T * $group + M - 1) // M
-    rows, each = laid(counts, B, T, blocks, BATCH)
+    pairs, each = laid($sizes, B, T, blocks, PAIRS)
     all_tiles = tl.sum(each, 0)
     programs = tl.minimum(P, all_tiles)
-    many = tl.sum(tl.where(rows == b, each, 0), 0) // ($groups * blocks)
-    start = tl.sum(tl.where(rows < b, each, 0), 0) + (g * blocks + m // M) * many
+    many = tl.sum(tl.where(pairs == pair, each, 0), 0) // blocks
+    start = tl.sum(tl.where(pairs < pair, each, 0), 0) + m // M * many
     # program p computes the tiles from p * all // programs on
     first = ((start + 1) * programs - 1) // all_tiles
     last = ((start + many) * programs - 1) // all_tiles
@@ -209,40 +205,35 @@ def merge(
         tl.store(out + b * out_row + h * out_head + t * out_token + e, value, mask=e < $value_dim)
 ''')
 
+KEY_ROWS = Template("""
+@triton.jit
+def key_rows_$piece(x, n, live):
+    k = tl.arange(0, $pad)[None, :]
+    return $value
+
+""")
+
+ANGLES = Template('''
+@triton.jit
+def angles(turns, place, live):
+    """Cosines and sines of positions, one for each of the pairs of columns that turn."""
+    k = tl.arange(0, $turn_pad)[None, :]
+    live = live & (k < $turn)
+    at = turns + place * ${turn_step} + k
+    return tl.load(at, mask=live, other=0), tl.load(at + $turn, mask=live, other=0)
+
+''')
+
 SINK_SCAN = Template("""\
         n_sink = tl.load(counts + 4 * b)
         for tile in tl.range(low, tl.minimum(high, n_sink_tiles), num_stages=1):
-            place = tile * $tile + tl.arange(0, $tile)
-            live = real[:, None] & (place < n_sink)[None, :]
+            token = tile * $tile + tl.arange(0, $tile)
+            live = real[:, None] & (token < n_sink)[None, :]
+$first
             if $window:
-                live = live & (at[:, None] - place[None, :] < $window)
-            n = place[:, None]
-            keys = key_rows(sink_k + pair * $sink * $key_dim, n, n < n_sink)
-            p, most, total, acc = weigh(score(query, keys, live, softcap, SOFTCAP), most, total, acc)
+                live = live & (at[:, None] - (base + tl.arange(0, $tile))[None, :] < $window)
+            n = token[:, None]
+$keys_here
+            p, most, total, acc = weigh(score($queries, $keys, live, softcap, SOFTCAP), most, total, acc)
             acc += mix(p, value_rows(sink_v + pair * $sink * $value_dim, n, n < n_sink))
-""")
-
-BODY_LOADERS = Template("""
-@triton.jit
-def page_keys($key_parts, j):
-$key
-
-
-@triton.jit
-def page_values($value_parts, j):
-$value
-
-""")
-
-BODY_SCAN = Template("""\
-        for tile in range(tl.maximum(low - n_sink_tiles, 0), tl.minimum(high - n_sink_tiles, n_body_tiles)):
-            at_page, j = pair * P + tile // $tiles, tile % $tiles
-            token = j * $tile + tl.arange(0, $tile)
-            live = real[:, None] & (token < $kept)[None, :]
-            if $window:
-                place = tl.load(places + at_page * $kept + token, mask=token < $kept, other=0)
-                live = live & (at[:, None] - place[None, :] < $window)
-            keys = page_keys($keys_here, j)
-            p, most, total, acc = weigh(score(query, keys, live, softcap, SOFTCAP), most, total, acc)
-            acc += mix(p, page_values($values_here, j))
 """)

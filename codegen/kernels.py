@@ -11,9 +11,10 @@ import torch
 
 from ..ir.cache import Cache, Site
 from ..ir.weight import Weight
-from . import attention
+from . import attention, hyper
 from .append import append
 from .plan import Out, Run
+from .retrieve import retrieve
 from .rows import RowKernel
 
 
@@ -36,19 +37,26 @@ class AttentionKernel:
     def _built(self) -> attention.SegmentAttention:
         return attention.SegmentAttention(self.site)
 
+    @cached_property
+    def _of_prompts(self) -> hyper.HyperAttention:
+        assert self.site.hyper is not None
+        return hyper.HyperAttention(self.site, self.site.hyper)
+
     def contiguous(self, args: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(name for name in ("query", "key", "value") if args[name].stride(-1) != 1)
 
     def attend(self, cache: Cache, args: Mapping[str, Any], out: torch.Tensor) -> list[Run]:
-        """Calls that append to the layer of the cache that `args["layer"]` names, and attend over it.
+        """Calls that append to the layer of the cache that `args["layer"]` names, list what is read, and attend.
 
         `out` [B, H, T, E] may have any strides.
         """
         layer, rest = int(args["layer"]), (float(args["scale"]), args["softcap"], args["sinks"])
-        return [
-            *append(cache, layer, args["key"], args["value"]),
-            self._built.bind(cache, layer, args["query"], out, *rest),
-        ]
+        written = append(cache, layer, args["key"], args["value"], args["query"])
+        plain = args["window"] is None and rest[1:] == (None, None)
+        if self.site.hyper is not None and plain and args["query"].shape[2] > self.site.hyper.min_seq_len:
+            return [*written, self._of_prompts.bind(cache, layer, args["query"], out, rest[0])]
+        lists, picks = retrieve(cache, layer, args["query"], rest[0])
+        return [*written, *lists, self._built.bind(cache, layer, args["query"], out, *rest, picks=picks)]
 
     def bind(self, args: Mapping[str, Any], out: Out) -> Run:
         raise TypeError("attention over a cache is bound by `attend`")

@@ -15,8 +15,12 @@ from ..ir.encoding.expr import stored
 from ..ir.ops import ROTARY, arguments, is_op
 from ..ir.weight import Weight
 from . import rows_triton
+from .attention import Picks
 from .attention_triton import Launch, TritonAttention
 from .attention_triton import source as attention_source
+from .attention_triton_lists import blank, list_pages
+from .attention_triton_queries import append_queries
+from .hyper_triton import TritonHyperAttention
 from .plan import Out, Run
 from .printers import triton as printer
 from .product_triton import POINTERS
@@ -110,7 +114,10 @@ def gather_refuses(weight: Weight) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class AttentionKernel:
-    """Rotary, append and attention of a layer: three launches, the same whatever the cache holds."""
+    """Rotary, append and attention of a layer: three launches, the same whatever the cache holds.
+
+    One more where queries are kept for scores; where the site retrieves pages, those that list them.
+    """
 
     region: Fused
     site: Site
@@ -138,8 +145,11 @@ class AttentionKernel:
         sinks = None if args["sinks"] is None else room.value(args["sinks"])
         turned = room.spare(*q.shape)
         out = room.take(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+        plain = args["window"] is None and args["softcap"] is None and sinks is None
+        whole = self._of_prompts if plain and self._long(q.shape[2]) else None
         launches: tuple[Launch, ...] = ()
-        generation = -1
+        lists: Picks | None = None
+        generation = -1, False
 
         def append() -> None:
             segments, step = cache.segments[layer], cache.step
@@ -148,16 +158,34 @@ class AttentionKernel:
             rows_triton.rotate_append(
                 q, k, v, turned, segments.tail_k, segments.tail_v, at, cache.counts(layer), **turn
             )
+            if segments.tail_q is not None:
+                append_queries(turned, segments.tail_q, cache.counts(layer))
 
         def attend() -> None:
-            nonlocal launches, generation
-            if generation != cache.generation:
-                launches = self._made.launches(cache, layer, turned, out, scale, args["softcap"], sinks)
-                generation = cache.generation
+            nonlocal launches, generation, lists
+            if whole is not None:
+                whole(cache, layer, turned, out, scale)
+                return
+            if generation != (cache.generation, cache.prefilling):
+                some = self.site.retrieve is not None and not cache.prefilling  # a prompt is in the tail as a whole
+                lists = blank(cache, layer, q.shape[2]) if some else None
+                launches = self._made.launches(cache, layer, turned, out, scale, args["softcap"], sinks, lists)
+                generation = cache.generation, cache.prefilling
+            if lists is not None:
+                list_pages(cache, layer, turned, lists)
             for launch in launches:
                 launch()
 
         return {node: out}, [append, attend]
+
+    def _long(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is a prompt that is approximated."""
+        return self.site.hyper is not None and tokens > self.site.hyper.min_seq_len
+
+    @cached_property
+    def _of_prompts(self) -> TritonHyperAttention:
+        assert self.site.hyper is not None
+        return TritonHyperAttention(self.site, self.site.hyper)
 
     def _turn(self, room: Room, q: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor | None]:
         """The arguments of rotary, and its positions; nothing where none is fused."""

@@ -15,6 +15,13 @@ def cached_decoder(program: Program) -> Iterator[str]:
         yield f"{program.name} must have a cache plan, but has none: put cache.insert in front"
 
 
+def within_context(program: Program, budget: int | None) -> Iterator[str]:
+    """The contract of passes with a budget of tokens: one that the model's context can exceed."""
+    context = program.facts.get("context")
+    if budget is not None and context is not None and budget >= context:
+        yield f"a budget of {budget} tokens is never exceeded in this model's context of {context}: lower it"
+
+
 def no_drafter(program: Program) -> Iterator[str]:
     """The contract of passes that choose a drafter: a decode loop has one."""
     if program.decode is not None:

@@ -168,7 +168,7 @@ class _Walk:
             place = _at(self.label, key.start_mark)
             if not isinstance(key, yaml.ScalarNode):
                 raise SmeltError(f"{place}: a key must be a word, not a list or mapping")
-            if key.value == "<<":
+            if key.value == "<<" and key.style is None:  # in quotes it is a word like any other
                 raise SmeltError(f"{place}: merge keys (<<) are not supported; write the keys out")
             if key.value in named:
                 raise SmeltError(f"{place}: duplicate key '{key.value}', first at {named[key.value].key}")

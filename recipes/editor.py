@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..passes import Pass
-from .options import Option, adapter, dataclass_in, dataclass_under, options_of, plain
+from .options import Option, adapter, dataclass_each, dataclass_in, dataclass_under, options_of, plain
 from .schema import Header
 from .steps import RESERVED, STEP_NAME, pass_options
 
@@ -103,6 +103,8 @@ def _kind(kind: Any, defs: Schema) -> Schema:
         return schema if cls is kind else {"anyOf": [schema, {"type": "null"}]}
     if cls := dataclass_under(kind):
         return {"type": "object", "additionalProperties": _object(cls, defs)}
+    if cls := dataclass_each(kind):
+        return {"type": "array", "items": _object(cls, defs)}
     schema = adapter(kind).json_schema()
     defs.update(schema.pop("$defs", {}))
     return schema

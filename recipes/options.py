@@ -79,6 +79,8 @@ def convert(kind: Any, node: Node, what: str) -> Any:
         return make(cls, values(cls, node, what), node, what)
     if (cls := dataclass_under(kind)) and isinstance(node.value, dict):
         return {name: convert(cls, child, f"'{name}' in {what}") for name, child in node.value.items()}
+    if (cls := dataclass_each(kind)) and isinstance(node.value, list):
+        return tuple(convert(cls, child, f"{what}[{at}]") for at, child in enumerate(node.value))
     try:
         # JSON is the strict mode that fits YAML: lists become tuples, but text never becomes a number
         return adapter(kind).validate_json(json.dumps(node.plain()), strict=True)
@@ -97,6 +99,12 @@ def dataclass_under(kind: Any) -> type | None:
     """The dataclass of the values of a mapping type."""
     under = typing.get_args(kind)[1:] if typing.get_origin(kind) in (dict, Mapping) else ()
     return dataclass_in(under[0]) if under else None
+
+
+def dataclass_each(kind: Any) -> type | None:
+    """The dataclass of the entries of a list type."""
+    entries = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
+    return dataclass_in(entries[0]) if len(entries) == 2 and entries[1] is Ellipsis else None
 
 
 def adapter(kind: Any) -> TypeAdapter[Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..ir.capture.checkpoint import read_header
 from ..ir.encoding import parse as parse_encoding
@@ -27,6 +27,7 @@ from ..ir.weight import Mapped, Weight
 
 FORMAT = 1
 MANIFEST, SEAL, PROGRAM, WEIGHTS = "manifest.json", "manifest.sha256", "program.txt", "weights.safetensors"
+TABLES = "cache.safetensors"  # calibrated tables of the cache's encodings
 
 
 def save(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
@@ -81,7 +82,12 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> Program:
         weights = _weights(folder, manifest["weights"])
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise SmeltError(f"{folder / MANIFEST}: its table of weights cannot be read ({fault!r})") from fault
-    return parse_program((folder / PROGRAM).read_text(encoding="utf-8"), weights, sealed=True)
+    program = parse_program((folder / PROGRAM).read_text(encoding="utf-8"), weights, sealed=True)
+    if TABLES in manifest["files"]:
+        if program.cache is None:
+            raise SmeltError(f"{folder / TABLES}: holds tables of a cache that the program does not have")
+        program.cache = program.cache.with_tables(load_file(folder / TABLES))
+    return program
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -114,6 +120,8 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def _write(draft: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
     save_file(_tensors(program), draft / WEIGHTS)
+    if program.cache is not None and program.cache.tables:
+        save_file(dict(program.cache.tables), draft / TABLES)
     (draft / PROGRAM).write_text(print_program(program), encoding="utf-8")
     for name, content in assets.items():
         (draft / name).write_bytes(content)

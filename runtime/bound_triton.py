@@ -95,7 +95,8 @@ class TritonBound(Bound):
             there = self._mirror.there
             super().__init__(plan, {name: there[name] for name in inputs}, cache, decoded, there.get(_LAST))
         for segments in cache.segments.values() if cache is not None else ():
-            segments.encode = encoded  # pages leave without a word from the device
+            for body in segments.bodies:
+                body.encode = encoded  # pages leave without a word from the device
         self._results = self.outputs
         self.inputs, self.last = {name: self._mirror.here[name] for name in inputs}, self._mirror.here.get(_LAST)
         self.outputs = {name: _on_host(value, plan.device) for name, value in self._results.items()}

@@ -31,6 +31,7 @@ def attend_row(
     values = torch.cat([read.values for read in reads], 1)
     groups, stored = keys.shape[0], keys.shape[1] - new
     positions = torch.cat([read.positions.expand(groups, -1) for read in reads], 1)
+    bias = torch.cat([_bias(read) for read in reads], 1) if any(read.bias is not None for read in reads) else None
     at, real = step.positions[row], step.valid[row]
     values[:, stored:] = torch.where(real[:, None], values[:, stored:], 0.0)  # padding may hold anything
     out = q.new_zeros(heads, new, values.shape[-1])
@@ -45,6 +46,11 @@ def attend_row(
         seen = torch.cat([fresh.new_ones(len(fresh), stored), fresh], 1).expand(groups, -1, -1)
         if window is not None:
             seen = seen & (at[rows, None] - positions[:, None, :] < window)
+        if any(read.seen is not None for read in reads):
+            picked = [_picked(read, rows, groups) for read in reads]
+            seen = seen & torch.cat([p.expand(-1, seen.shape[1], -1) for p in picked], -1)
+        if bias is not None:
+            logits = logits + bias[:, None, None]
         logits = logits.masked_fill(~seen[:, None], float("-inf"))
         if sinks is not None:
             extra = sinks.float().view(groups, -1, 1, 1).expand(*logits.shape[:-1], 1)
@@ -53,3 +59,15 @@ def attend_row(
         mixed = (shares @ values[:, None]).flatten(0, 1)
         out[:, rows] = torch.where(real[rows, None], mixed, 0.0).to(out.dtype)
     return out
+
+
+def _bias(read: Read) -> torch.Tensor:
+    """What is added to the logits of a read's tokens, [G, n]."""
+    return read.keys.new_zeros(read.keys.shape[:2]) if read.bias is None else read.bias
+
+
+def _picked(read: Read, rows: slice, groups: int) -> torch.Tensor:
+    """Which of a read's tokens these queries read, bool [G, queries or 1, n]."""
+    if read.seen is not None:
+        return read.seen[:, rows]
+    return torch.ones(groups, 1, read.keys.shape[1], dtype=torch.bool, device=read.keys.device)

@@ -1,94 +1,72 @@
-"""The buffers of one cache site: appending to the tail, keeping accepted tokens, and encoding pages into the body."""
+"""The buffers of one cache layer: appending to the tail, keeping accepted tokens, and reading what is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from ..encoding import Encoding, Parts
-from ..errors import SmeltError
+from ..encoding import Parts
+from .body import Body
+from .leave import arrive
 from .plan import Counts, Site
 
 
 @dataclass(frozen=True)
 class Read:
-    """Decoded tokens of one row: keys [G, n, D], values [G, n, E] and positions [G or 1, n]."""
+    """Decoded tokens of one row: keys [G, n, D], values [G, n, E] and positions [G or 1, n].
+
+    `bias` [G, n]: added to the logits. `seen` bool [G, T, n]: which of them each of the T new tokens reads.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     positions: torch.Tensor
+    bias: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
 
 
-def survivors(site: Site, keys: torch.Tensor) -> torch.Tensor:
-    """Indices [G, P, kept] in position order of the tokens that survive of pages `keys` [G, P, page, D]."""
-    heads, pages = keys.shape[:2]
-    if not site.scattered:
-        last = torch.arange(site.page - site.kept, site.page, device=keys.device)
-        return last.expand(heads, pages, site.kept)
-    norms = keys.float().square().sum(-1)
-    lowest = torch.sort(norms, dim=-1, stable=True).indices[..., : site.kept]
-    return lowest.sort(-1).values
-
-
-def _buffers(
-    encoding: Encoding, lead: tuple[int, int, int], page: tuple[int, int], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Empty part buffers [B, G, P, …] for pages [kept, D]; the parts of one encoded page give their shapes."""
-    rows, heads, pages = lead
-    if not pages:
-        return {}
-    made = encoding.encode(torch.zeros(1, *page))
-    for name, part in made.items():
-        if part.shape[:1] != (1,):
-            raise SmeltError(f"cache encoding {encoding}: part '{name}' is shared between heads, pages cannot hold it")
-    return {n: torch.empty(rows, heads, pages, *p.shape[1:], dtype=p.dtype, device=device) for n, p in made.items()}
-
-
-def _encoded(encoding: Encoding, x: torch.Tensor) -> Parts:
-    return encoding.encode(x)
-
-
-@dataclass
 class Segments:
-    """Sink, body and tail of one site for every row of a batch; how much of them is in use is the caller's to know.
+    """Sink, bodies and tail of one site for every row of a batch; how much of them is in use is the caller's to know.
 
-    `tail_k` [B, G, W, D] holds the tail and, behind it, the step's new tokens. `keys` and `values` hold the parts of
-    the encoded pages, [B, G, P, …]; page p of a row lies in slot p % P. `places` [B, G, P · kept] holds the positions
-    of body tokens where the layout does not imply them.
+    `tail_k` [B, G, W, D] and `tail_v` [B, G, W, E] hold the tail and, behind it, the step's new tokens. `tail_q`
+    [B, H, W, D]: their queries, where the site's scores need them. `tail_mass` float32 [B, G, W]: attention that they
+    received so far. `sink_at` int32 [B, G]: the position of the first sink, where positions are those in the cache.
     """
 
-    site: Site
-    sink_k: torch.Tensor
-    sink_v: torch.Tensor
-    tail_k: torch.Tensor
-    tail_v: torch.Tensor
-    keys: dict[str, torch.Tensor] = field(default_factory=dict)
-    values: dict[str, torch.Tensor] = field(default_factory=dict)
-    places: torch.Tensor | None = None
-    encode: Callable[[Encoding, torch.Tensor], Parts] = _encoded  # who has a kernel for pages puts it here
+    def __init__(
+        self,
+        site: Site,
+        rows: int,
+        width: int,
+        device: torch.device,
+        tables: Sequence[Mapping[str, Parts]] = (),
+        capacity: int = 0,
+    ) -> None:
+        """Buffers for `rows` rows, with a tail of `width` slots; `tables`: calibrated parts of each body, by role.
 
-    @classmethod
-    def empty(cls, site: Site, rows: int, capacity: int, width: int, device: torch.device) -> Segments:
-        """Buffers for `rows` rows of up to `capacity` tokens, with a tail of `width` slots."""
+        `capacity`: tokens of a row for whose pages the page tables have room from the start.
+        """
+        self.site = site
         dtype: torch.dtype = getattr(torch, site.dense)
-        heads, kept, pages = site.kv_heads, site.kept, site.pages(capacity)
 
-        def dense(tokens: int, dim: int) -> torch.Tensor:
+        def dense(heads: int, tokens: int, dim: int) -> torch.Tensor:
             return torch.empty(rows, heads, tokens, dim, dtype=dtype, device=device)
 
-        return cls(
-            site,
-            dense(site.sink, site.key_dim),
-            dense(site.sink, site.value_dim),
-            dense(width, site.key_dim),
-            dense(width, site.value_dim),
-            _buffers(site.key_encoding, (rows, heads, pages), (kept, site.key_dim), device),
-            _buffers(site.value_encoding, (rows, heads, pages), (kept, site.value_dim), device),
-            torch.empty(rows, heads, pages * kept, dtype=torch.int32, device=device) if site.places else None,
-        )
+        self.sink_k = dense(site.kv_heads, site.sink, site.key_dim)
+        self.sink_v = dense(site.kv_heads, site.sink, site.value_dim)
+        self.tail_k = dense(site.kv_heads, width, site.key_dim)
+        self.tail_v = dense(site.kv_heads, width, site.value_dim)
+        self.tail_q = dense(site.heads, width, site.key_dim) if site.watches else None
+        self.tail_mass = torch.zeros(rows, site.kv_heads, width, device=device) if site.running else None
+        self.sink_at = torch.zeros(rows, site.kv_heads, dtype=torch.int32, device=device) if site.compact else None
+        self.counted = [0] * rows  # tokens whose queries `tail_mass` and the bodies' masses include
+        many = len(site.caps) if site.tail is not None and site.kept else 0
+        self.bodies = [
+            Body(site, number, rows, device, tables[number] if tables else None, site.pages(capacity))
+            for number in range(many)
+        ]
 
     @property
     def width(self) -> int:
@@ -96,127 +74,125 @@ class Segments:
         return self.tail_k.shape[2]
 
     @property
-    def slots(self) -> int:
-        """Pages that the body has room for, P."""
-        return next(iter(self.keys.values())).shape[2] if self.keys else 0
+    def _tails(self) -> dict[str, torch.Tensor]:
+        """Buffers along the tail's slots, by name."""
+        named = {name: getattr(self, name) for name in ("tail_k", "tail_v", "tail_q", "tail_mass")}
+        return {name: tail for name, tail in named.items() if tail is not None}
 
     def buffers(self) -> Iterator[torch.Tensor]:
-        """Every tensor that holds stored tokens."""
-        yield from (self.sink_k, self.sink_v, self.tail_k, self.tail_v, *self.keys.values(), *self.values.values())
-        if self.places is not None:
-            yield self.places
+        """Every tensor that holds something of stored tokens."""
+        yield from (self.sink_k, self.sink_v, *self._tails.values())
+        if self.sink_at is not None:
+            yield self.sink_at
+        for body in self.bodies:
+            yield from body.buffers()
 
-    def used_bytes(self, counts: Counts) -> int:
+    def used_bytes(self, row: int, counts: Counts) -> int:
         """Bytes that the stored tokens of one row take."""
-        kept = self.site.kept
-        pages = counts.body // kept if kept else 0
-        parts = [part[0, :, :pages] for part in (*self.keys.values(), *self.values.values())]
-        dense = counts.sink + counts.tail
-        size = self.site.kv_heads * (self.site.key_dim + self.site.value_dim) * self.tail_k.element_size() * dense
-        size += sum(part.numel() * part.element_size() for part in parts)
-        return size + (4 * self.site.kv_heads * counts.body if self.places is not None else 0)
+        size = sum(tail[0, :, :1].numel() * tail.element_size() for tail in self._tails.values()) * counts.tail
+        size += sum(sink[0, :, :1].numel() * sink.element_size() for sink in (self.sink_k, self.sink_v)) * counts.sink
+        size += 4 * self.site.kv_heads * (self.sink_at is not None)
+        return size + sum(body.used_bytes(row) for body in self.bodies)
 
     def resize_tail(self, width: int, used: list[int]) -> None:
         """Move the tail to buffers of `width` slots, keeping the first `used[b]` tokens of each row."""
-        for name in ("tail_k", "tail_v"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], width, old.shape[3])
+        for name, old in self._tails.items():
+            new = old.new_empty(*old.shape[:2], width, *old.shape[3:])
+            if name == "tail_mass":
+                new.zero_()
             for row, n in enumerate(used):
                 new[row, :, :n] = old[row, :, :n]
             setattr(self, name, new)
 
-    def write(self, offsets: list[int], even: bool, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Copy new tokens k [B, G, T, D], v [B, G, T, E] to `offsets[b]` of each row's tail; nothing is allocated.
+    def write(self, offsets: list[int], even: bool, **new: torch.Tensor) -> None:
+        """Copy new tokens k [B, G, T, D], v [B, G, T, E] or q [B, H, T, D] to `offsets[b]` of each row's tail.
 
-        `even`: all offsets are the same.
+        Nothing is allocated. `even`: all offsets are the same.
         """
-        new = k.shape[2]
-        if even:
-            first = offsets[0]
-            self.tail_k[:, :, first : first + new].copy_(k)
-            self.tail_v[:, :, first : first + new].copy_(v)
-            return
-        for row, offset in enumerate(offsets):
-            self.tail_k[row, :, offset : offset + new].copy_(k[row])
-            self.tail_v[row, :, offset : offset + new].copy_(v[row])
+        for name, x in new.items():
+            tail, count = getattr(self, f"tail_{name}"), x.shape[2]
+            if even:
+                tail[:, :, offsets[0] : offsets[0] + count].copy_(x)
+                continue
+            for row, offset in enumerate(offsets):
+                tail[row, :, offset : offset + count].copy_(x[row])
 
-    def take_rows(self, index: torch.Tensor) -> None:
+    def take_rows(self, rows: Sequence[int], index: torch.Tensor) -> None:
         """Gather rows: row i becomes the old row `index[i]`."""
-        self.sink_k, self.sink_v = self.sink_k[index], self.sink_v[index]
-        self.tail_k, self.tail_v = self.tail_k[index], self.tail_v[index]
-        self.keys = {name: part[index] for name, part in self.keys.items()}
-        self.values = {name: part[index] for name, part in self.values.items()}
-        self.places = None if self.places is None else self.places[index]
+        for name in ("sink_k", "sink_v", *self._tails, *(["sink_at"] if self.sink_at is not None else [])):
+            setattr(self, name, getattr(self, name)[index])
+        self.counted = [self.counted[row] for row in rows]
+        for body in self.bodies:
+            body.take_rows(rows)
 
     def keep(self, row: int, offset: int, accepted: list[int]) -> None:
         """Close the new tokens `accepted` of a row up behind its first `offset` tail tokens, in that order."""
         index = torch.tensor(accepted, device=self.tail_k.device) + offset
-        for tail in (self.tail_k, self.tail_v):
+        for tail in self._tails.values():
             tail[row, :, offset : offset + len(accepted)] = tail[row].index_select(1, index)
 
-    def flush(self, row: int, before: int, after: int, tail: int) -> None:
-        """Let the pages `before` … `after - 1` of a row leave its tail, of which `tail` tokens remain."""
+    def clear(self, row: int) -> None:
+        """Forget what a row stores."""
+        self.counted[row] = 0
+        for body in self.bodies:
+            body.clear(row)
+        if self.tail_mass is not None:
+            self.tail_mass[row] = 0
+
+    def leave(self, row: int, before: int, after: int, tail: int, prompt: bool) -> None:
+        """Let tokens `before` … `after - 1` behind the sinks leave a row's tail, of which `tail` tokens remain.
+
+        `prompt`: they are what a prompt leaves when it ends, to be chosen from together.
+        """
         site = self.site
         start = 0 if before else site.sink  # until the first page leaves, the sinks stand before it in the tail
+        end = start + after - before
+        arrive(self, row, slice(start, end), site.sink + before, end + tail, prompt)
         if not before:
-            self.sink_k[row] = self.tail_k[row, :, : site.sink]
-            self.sink_v[row] = self.tail_v[row, :, : site.sink]
-        end = start + (after - before) * site.page
-        first = max(before, after - self.slots)  # what the budget drops at once is not encoded
-        if first < after:
-            self._encode(row, first, after, end - (after - first) * site.page)
-        for buffer in (self.tail_k, self.tail_v):
+            self._sinks(row)
+        for name, buffer in self._tails.items():
             buffer[row, :, :tail] = buffer[row, :, end : end + tail].clone()  # the ranges may overlap
+            if name == "tail_mass":
+                buffer[row, :, tail:] = 0
+        if site.compact:
+            self._settle(row, site.sink + after)
 
-    def _encode(self, row: int, first: int, after: int, start: int) -> None:
-        """Select and encode pages `first` … `after - 1`, which begin at slot `start` of the tail."""
-        site, pages = self.site, after - first
-        chosen: torch.Tensor | None = None
-        slots = torch.arange(first, after, device=self.tail_k.device) % self.slots
-        roles = ((self.tail_k, site.key_encoding, self.keys), (self.tail_v, site.value_encoding, self.values))
-        for tail, encoding, parts in roles:
-            x = tail[row, :, start : start + pages * site.page].unflatten(1, (pages, site.page))
-            chosen = survivors(site, x) if chosen is None else chosen
-            x = x.gather(2, chosen[..., None].expand(*chosen.shape, x.shape[-1]))
-            try:
-                encoded = self.encode(encoding, x.float())
-            except SmeltError as error:
-                raise SmeltError(f"cache of layer {site.layer}, pages {first} to {after - 1}: {error}") from error
-            for name, part in encoded.items():
-                parts[name][row].index_copy_(1, slots, part)
-        if self.places is not None and chosen is not None:
-            starts = site.sink + torch.arange(first, after, device=chosen.device)[:, None] * site.page
-            places = self.places[row].unflatten(1, (self.slots, site.kept))
-            places.index_copy_(1, slots, (chosen + starts).to(torch.int32))
-
-    def body_positions(self, row: int, flushed: int, tokens: int) -> torch.Tensor:
-        """Positions [G or 1, n] of a row's `tokens` body tokens as they lie, after `flushed` pages left its tail."""
-        if self.places is not None:
-            return self.places[row, :, :tokens].long()
+    def _sinks(self, row: int) -> None:
+        """Move the sinks out of the tail; where their positions change, they are stored un-rotated."""
         site = self.site
-        slots = torch.arange(tokens // site.kept, device=self.tail_k.device)
-        pages = flushed - 1 - (flushed - 1 - slots) % self.slots  # the newest page that lies in each slot
-        inside = torch.arange(site.page - site.kept, site.page, device=slots.device)
-        return (site.sink + pages[:, None] * site.page + inside).reshape(1, -1)
+        sinks = self.tail_k[row, :, : site.sink]
+        if site.compact and site.rope:
+            sinks = site.rope.turn(sinks.float(), -torch.arange(site.sink, device=sinks.device))
+        self.sink_k[row] = sinks
+        self.sink_v[row] = self.tail_v[row, :, : site.sink]
 
-    def read(self, row: int, length: int, counts: Counts, flushed: int, at: torch.Tensor) -> list[Read]:
-        """What a row's queries may see, decoded to float32: sink, body, tail, and the step's new tokens at `at` [T]."""
+    def _settle(self, row: int, end: int) -> None:
+        """Body and sinks stand right in front of the tail, which begins at position `end`."""
+        assert self.sink_at is not None
+        starts = torch.full((self.site.kv_heads,), end)
+        for body in self.bodies:
+            starts = body.settle(row, end)
+        self.sink_at[row] = (starts - self.site.sink).to(self.sink_at)
+
+    def read(self, row: int, length: int, counts: Counts, at: torch.Tensor) -> list[Read]:
+        """What a row's queries may see, in float32: sink, bodies, tail, and the step's new tokens at `at` [T]."""
         out = []
         if counts.sink:
-            places = torch.arange(counts.sink, device=at.device)[None]
-            out.append(Read(self.sink_k[row].float(), self.sink_v[row].float(), places))
-        if counts.body:
-            places = self.body_positions(row, flushed, counts.body)
-            out.append(Read(self._decode(row, "keys", counts.body), self._decode(row, "values", counts.body), places))
-        dense = slice(0, counts.tail + len(at))
-        places = torch.cat([torch.arange(length - counts.tail, length, device=at.device), at])[None]
-        out.append(Read(self.tail_k[row, :, dense].float(), self.tail_v[row, :, dense].float(), places))
-        return out
+            out.append(self.sinks(row))
+        out += [Read(d.keys, d.values, d.positions, d.bias) for b in self.bodies if (d := b.decoded(row)) is not None]
+        return [*out, self.dense(row, length, counts.tail, at)]
 
-    def _decode(self, row: int, role: Literal["keys", "values"], tokens: int) -> torch.Tensor:
-        """The body's keys or values of a row, [G, n, D]."""
-        site, pages = self.site, tokens // self.site.kept
-        of_keys = role == "keys"
-        encoding, dim = (site.key_encoding, site.key_dim) if of_keys else (site.value_encoding, site.value_dim)
-        parts = {name: part[row, :, :pages] for name, part in (self.keys if of_keys else self.values).items()}
-        return encoding.decode(parts, (site.kv_heads, pages, site.kept, dim)).flatten(1, 2)
+    def sinks(self, row: int) -> Read:
+        """The sinks as they are read."""
+        places = torch.arange(self.site.sink, device=self.sink_k.device)[None]
+        keys = self.sink_k[row].float()
+        if self.sink_at is not None:
+            places = places + self.sink_at[row, :, None]
+            keys = self.site.rope.turn(keys, places) if self.site.rope else keys
+        return Read(keys, self.sink_v[row].float(), places)
+
+    def dense(self, row: int, length: int, tail: int, at: torch.Tensor) -> Read:
+        """The tail and the new tokens at positions `at` [T]."""
+        slots = slice(0, tail + len(at))
+        places = torch.cat([torch.arange(length - tail, length, device=at.device), at])[None]
+        return Read(self.tail_k[row, :, slots].float(), self.tail_v[row, :, slots].float(), places)

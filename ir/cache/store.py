@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from ..errors import SmeltError
 from .attend import attend_row
+from .hyper import hyper_attend
+from .options import Rope
 from .plan import CachePlan, Counts, Site
+from .predict import Forecast
+from .retrieve import retrieved
 from .schedule import Schedule
 from .segments import Segments
 from .step import Step
@@ -46,22 +50,46 @@ class Cache:
         self.generation = 0
         self.prefilling = True
         self.lengths = [0] * batch
+        self.prompts = [0] * batch
         self.step: Step | None = None
         self.segments: dict[int, Segments] = {}
-        self._schedules: dict[tuple[int | None, ...], Schedule] = {}
+        self._turns: dict[Rope, torch.Tensor] = {}
+        self.picked: dict[
+            tuple[int, int], torch.Tensor
+        ] = {}  # of a step: by layer and row, the body tokens that are read
+        self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._schedule_of: dict[int, Schedule] = {}
         for site in plan.sites:
-            segments = Segments.empty(site, batch, capacity, self._least_width(site), self.device)
+            numbers = range(len(site.caps))
+            tables = [plan.tables_of(site.layer, number) for number in numbers]
+            segments = Segments(site, batch, self._least_width(site), self.device, tables, capacity)
             self.segments[site.layer] = segments
-            key = (site.sink, site.tail, site.page, site.kept, site.pages(capacity))
+            key = (site.sink, site.tail, site.page, site.caps, site.hold, site.tiers, site.select)
             schedule = self._schedules.setdefault(key, Schedule(site, batch, self.device))
             schedule.members.append(segments)
             self._schedule_of[site.layer] = schedule
+        self._foresee()
 
     @property
     def batch(self) -> int:
         """Rows, B."""
         return len(self.lengths)
+
+    def _foresee(self) -> None:
+        """Let layers that store what a forecast misses know the layer before."""
+        before = None
+        for site in self.plan.sites:
+            bodies = self.segments[site.layer].bodies
+            if site.predict is not None and not site.predict.first:
+                assert before is not None
+                maps = {n: m.to(self.device) for n, m in self.plan.tables_of(site.layer, 0)["predict"].items()}
+                bodies[0].forecast = Forecast(before, maps)
+            before = bodies[0] if bodies else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row holds a token: what comes next begins every prompt."""
+        return self.prefilling and not any(self.lengths)
 
     def _least_width(self, site: Site) -> int:
         """Tail slots that serve every length once the prompt is encoded."""
@@ -69,7 +97,10 @@ class Cache:
         return longest + self.scratch
 
     def counts(self, layer: int) -> torch.Tensor:
-        """int32 [B, 4], updated in place: what a layer stores of each row in sink, body and tail, and its length."""
+        """int32 [B, 4], updated in place: what a layer stores of each row in sink, bodies and tail, and its length.
+
+        Where KV heads have their own numbers of tokens, that of the bodies is their average; `Body.held` tells all.
+        """
         return self._schedule_of[layer].table
 
     @property
@@ -78,8 +109,21 @@ class Cache:
         return [schedule.table for schedule in self._schedules.values()]
 
     def stored(self, layer: int) -> list[int]:
-        """Stored tokens per KV head of each row."""
+        """Stored tokens per KV head of each row, on average."""
         return [sum(counts) for counts in self._schedule_of[layer].counts]
+
+    def turns(self, layer: int) -> torch.Tensor | None:
+        """cos and sin of every position's angles, float32 [positions, 2 R], for kernels that turn keys; None: no rope.
+
+        Sites of one rope share it. Positions up to the capacity and a step's new tokens.
+        """
+        rope = self.plan[layer].rope
+        if rope is None:
+            return None
+        if rope not in self._turns:
+            angle = torch.arange(self.capacity + self.scratch)[:, None].float() * torch.tensor(rope.inverse)
+            self._turns[rope] = torch.cat([torch.cos(angle), torch.sin(angle)], 1).to(self.device)
+        return self._turns[rope]
 
     def room(self) -> list[int]:
         """Tokens each row may commit before a page leaves (the one that makes it leave included) or the context ends.
@@ -87,8 +131,8 @@ class Cache:
         Whoever accepts no more than this sees the same cache as one who commits token by token.
         """
         out = []
-        for length in self.lengths:
-            rooms = [] if self.prefilling else [s.site.room(length) for s in self._schedules.values()]
+        for length, prompt in zip(self.lengths, self.prompts, strict=True):
+            rooms = [] if self.prefilling else [s.site.room(length, prompt) for s in self._schedules.values()]
             out.append(min([self.capacity - length, *(room for room in rooms if room is not None)]))
         return out
 
@@ -112,6 +156,7 @@ class Cache:
         if ancestors is None:
             self._check_continues(positions, valid)
         self._reserve(max(positions.shape[1], room))
+        self.picked.clear()
         self.step = Step(positions.contiguous(), valid, ancestors)
 
     def _check_continues(self, positions: torch.Tensor, valid: torch.Tensor) -> None:
@@ -153,7 +198,7 @@ class Cache:
         """Write the step's keys [B, G, T, D] and values [B, G, T, E] behind the tail of a layer."""
         self._current()
         schedule = self._schedule_of[layer]
-        self.segments[layer].write(schedule.offsets, schedule.even, k, v)
+        self.segments[layer].write(schedule.offsets, schedule.even, k=k, v=v)
 
     def attend(
         self,
@@ -169,12 +214,30 @@ class Cache:
         Rows of the result whose token is not valid are zero. `window`, `softcap`, `sinks`: as in `smelt::attention`.
         """
         step, schedule, segments = self._current(), self._schedule_of[layer], self.segments[layer]
+        if segments.site.watches:
+            segments.write(schedule.offsets, schedule.even, q=q)
+        plain = window is None and softcap is None and sinks is None and step.ancestors is None
+        long = segments.site.hyper is not None and step.tokens > segments.site.hyper.min_seq_len
+        if long and plain and self.empty:
+            return self._attend_prompts(layer, q, scale)
         out = []
         for row, (length, counts) in enumerate(zip(self.lengths, schedule.counts, strict=True)):
-            flushed = 0 if self.prefilling else segments.site.flushed(length)
-            reads = segments.read(row, length, counts, flushed, step.positions[row])
+            reads = segments.read(row, length, counts, step.positions[row])
+            if segments.site.retrieve is not None:
+                reads = retrieved(self, layer, row, q[row], reads, scale)
             out.append(attend_row(q[row], step, row, reads, scale, window, softcap, sinks))
         return torch.stack(out)
+
+    def _attend_prompts(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
+        """`attend` where every row's prompt comes as a whole, at a site that approximates long ones."""
+        step, segments = self._current(), self.segments[layer]
+        assert segments.site.hyper is not None
+        out = q.new_zeros(*q.shape[:3], segments.site.value_dim)
+        for row, real in enumerate(step.valid):
+            keys, values = (x[row, :, : step.tokens][:, real].float() for x in (segments.tail_k, segments.tail_v))
+            mixed = hyper_attend(q[row][:, real], keys, values, scale, segments.site.hyper, layer)
+            out[row][:, real] = mixed.to(q.dtype)
+        return out
 
     def commit(self, accepted: Indices) -> None:
         """Keep these of the step's new tokens, in this order, and drop the rest; then let pages leave that are due.
@@ -220,25 +283,42 @@ class Cache:
             if self.prefilling:
                 schedule.set(row, Counts(0, 0, length), length)
                 continue
-            site = schedule.site
-            was, now, counts = site.flushed(before), site.flushed(length), site.counts(length)
+            site, prompt = schedule.site, self.prompts[row]
+            was, now, counts = site.left(before, prompt), site.left(length, prompt), site.counts(length, prompt)
             if was < now:
-                for segments in schedule.members:
-                    segments.flush(row, was, now, counts.tail)
+                self._leave(schedule, row, before, (was, now), counts.tail)
             schedule.set(row, counts, length)
+
+    def _leave(self, schedule: Schedule, row: int, before: int, left: tuple[int, int], tail: int) -> None:
+        """Let tokens left[0] … left[1] - 1 behind the sinks leave the tails of a schedule's members.
+
+        `before`: the committed length at which the last ones left; 0 at the end of the prompt.
+        """
+        site = schedule.site
+        prompt = site.at_prompt and not before and self.prompts[row] > site.sink + (site.tail or 0)
+        for segments in schedule.members:
+            segments.leave(row, *left, tail, prompt)
+            for body in segments.bodies:
+                if body.moved:
+                    body.moved = False
+                    self.generation += 1
 
     def restart(self) -> None:
         """Forget every token; buffers stay."""
-        self.lengths, self.prefilling, self.step = [0] * self.batch, True, None
+        self.lengths, self.prompts = [0] * self.batch, [0] * self.batch
+        self.prefilling, self.step = True, None
         for schedule in self._schedules.values():
             for row in range(self.batch):
                 schedule.set(row, Counts(0, 0, 0), 0)
+                for segments in schedule.members:
+                    segments.clear(row)
 
     def end_prefill(self) -> None:
         """The prompt is complete: encode what left the tail, page by page, and free the space it took."""
         if not self.prefilling:
             return
         self.prefilling, self.step = False, None
+        self.prompts = list(self.lengths)
         for row, length in enumerate(self.lengths):
             self._settle(row, 0, length)
         for schedule in self._schedules.values():
@@ -254,16 +334,21 @@ class Cache:
         for schedule in self._schedules.values():
             schedule.take_rows(list(indices))
             for segments in schedule.members:
-                segments.take_rows(index)
+                segments.take_rows(list(indices), index)
         self.lengths = [self.lengths[i] for i in indices]
+        self.prompts = [self.prompts[i] for i in indices]
         self.step = None
         self.generation += 1
 
     def nbytes(self) -> Bytes:
         """Measured bytes: in use by stored tokens, and allocated."""
-        used = sum(s.used_bytes(c) for layer, s in self.segments.items() for c in self._schedule_of[layer].counts)
+        used = 0
+        for layer, segments in self.segments.items():
+            used += sum(segments.used_bytes(row, c) for row, c in enumerate(self._schedule_of[layer].counts))
         buffers = [buffer for segments in self.segments.values() for buffer in segments.buffers()]
-        return Bytes(used, sum(buffer.numel() * buffer.element_size() for buffer in buffers))
+        buffers += self.plan.tables.values()
+        tables = sum(table.numel() * table.element_size() for table in self.plan.tables.values())
+        return Bytes(used + tables, sum(buffer.numel() * buffer.element_size() for buffer in buffers))
 
     def _current(self) -> Step:
         if self.step is None:

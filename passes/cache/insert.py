@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from ...ir.cache import CachePlan, Site
-from ...ir.ops import ATTENTION, CACHED_ATTENTION, arguments
+from ...ir.cache import CachePlan, Rope, Site
+from ...ir.ops import ATTENTION, CACHED_ATTENTION, ROTARY, arguments, is_op
 from ...ir.program import Program
 from ...ir.shapes import derive
 from ..base import Effect, Exactness, Outcome, Pass, Samples, decoder_only
@@ -66,7 +66,10 @@ class Insert(Pass):
         a = arguments(node)
         heads, key_dim = _heads_and_dim(a["query"])
         kv_heads, value_dim = _heads_and_dim(a["value"])
-        site = Site(layer, heads, kv_heads, key_dim, value_dim, a["window"], self.dtype)
+        site = Site(
+            layer, heads, kv_heads, key_dim, value_dim, a["window"], self.dtype,
+            rope=_rope(program, a["key"]), scale=a["scale"], softcap=a["softcap"],
+        )  # fmt: skip
         taken = (a["query"], a["key"], a["value"], a["sinks"], layer, a["scale"], a["window"], a["softcap"])
         with program.graph.inserting_before(node):
             new = program.graph.create_node(
@@ -86,6 +89,17 @@ def _refusal(node: fx.Node) -> str | None:
     if a["mask"] is not None:
         return f"takes the mask '{a['mask'].name}', and a cache site sees every token before its own"
     return None
+
+
+def _rope(program: Program, key: fx.Node) -> Rope | None:
+    """How a key was turned by its position, or None where it was not, or is changed behind its rotation."""
+    if not is_op(key, ROTARY):
+        return None
+    a = arguments(key)
+    if a["positions"].op != "placeholder" or a["inv_freq"].op != "get_attr":
+        return None
+    inverse = program.weights[str(a["inv_freq"].target)].dense()
+    return Rope(tuple(inverse.float().tolist()))
 
 
 def _heads_and_dim(node: fx.Node) -> tuple[int, int]:

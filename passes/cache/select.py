@@ -12,7 +12,7 @@ from ...ir import cache
 from ...ir.errors import SmeltError
 from ...ir.ops import CACHED_ATTENTION, LAYER_NORM, LINEAR, RMS_NORM, arguments, is_op
 from ...ir.program import Program
-from .._contracts import cached_decoder
+from .._contracts import cached_decoder, within_context
 from ..base import Effect, Exactness, Outcome, Pass, Samples
 from ._sites import PAGE, SINK, TAIL, changed, faults
 
@@ -21,9 +21,16 @@ from ._sites import PAGE, SINK, TAIL, changed, faults
 class Select(Pass):
     """Of every page of tokens that leaves the tail, each KV head keeps some for itself; the others are gone.
 
-    score: `key_norm` keeps the keys of the lowest L2 norm, `recency` the newest of the page.
-    keep: fraction of a page that survives.
-    budget: most tokens per KV head beyond sinks and tail; the oldest pages go first (null: no limit, 0: none).
+    score: what makes a token worth keeping: key_norm (low L2 norms), key_diff (unlike the mean key), value_norm,
+        recency, stride, random or centers; by default what cache.score said, or key_norm. Attention needs cache.score.
+    keep: fraction that survives: of a page, of a prompt, or of the budget after an overflow.
+    budget: most tokens per KV head beyond sinks and tail. With when: page the oldest pages go first (null: no limit,
+        0: none).
+    when: page chooses among each page that leaves the tail; prompt once over a whole prompt, and keeps what comes
+        later; overflow over all that is stored, whenever it exceeds the budget.
+    heads: even, adaptive (a layer's tokens go to the heads that score higher, Ada-KV) or policy (FastGen).
+    floor: share of its even part that every head keeps, for heads: adaptive.
+    policy: what each head must recover, for heads: policy.
     sink: first tokens of a sequence, which always stay.
     tail: newest tokens, which stay until they are older.
     page: tokens that leave together.
@@ -40,17 +47,21 @@ class Select(Pass):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     effects: ClassVar[frozenset[Effect]] = frozenset({"numerics", "cache"})
 
-    score: Literal["key_norm", "recency"] = "key_norm"
+    score: Literal["key_norm", "key_diff", "value_norm", "recency", "stride", "random", "centers"] | None = None
     keep: float = 0.5
     budget: int | None = None
+    when: Literal["page", "prompt", "overflow"] = "page"
+    heads: Literal["even", "adaptive", "policy"] = "even"
+    floor: float = 0.2
+    policy: cache.Policy | None = None
     sink: int = SINK
     tail: int = TAIL
     page: int = PAGE
     skip_layers: tuple[int, ...] = (0, 1)  # where low norm does not go with high attention (section 3 of the paper)
 
     def __post_init__(self) -> None:
-        cache.Select(self.score, self.keep, self.budget)  # refuses what no site could follow
-        if self.keep == 1.0 and self.budget is None:
+        self._select(cache.Score(self.score or "value_norm"))  # refuses what no site could follow
+        if self.keep == 1.0 and self.budget is None and self.when == "page":
             raise SmeltError(
                 "keep 1.0 without a budget drops no token: lower keep, set a budget, or leave the step out"
             )
@@ -60,6 +71,7 @@ class Select(Pass):
         yield from cached_decoder(program)
         if program.cache is None:
             return
+        yield from within_context(program, self.budget)
         layers = [site.layer for site in program.cache.sites]
         unknown = sorted(set(self.skip_layers) - set(layers))
         if unknown:
@@ -71,7 +83,7 @@ class Select(Pass):
             if site.select is not None:
                 yield (
                     f"layer {site.layer} must keep every token, but already keeps {site.select.keep:g} of them by "
-                    f"{site.select.score}{since}: put both into one cache.select"
+                    f"{site.select.score.by}{since}: put both into one cache.select"
                 )
                 return
             for role, encoding in (("keys", site.keys), ("values", site.values)):
@@ -90,16 +102,22 @@ class Select(Pass):
         skipped = {f"layer {site.layer}": "named in skip_layers" for site in program.cache.sites if site not in sites}
         program.cache = changed(program.cache, sites, self._selected)
         program.touch("cache")
-        strange = _strange_norms(program) if self.score == "key_norm" else None
+        strange = _strange_norms(program) if self._by_norm(program.cache) else None
         notes = {"key_norm": strange} if strange else {}
         return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped, notes)
+
+    def _by_norm(self, plan: cache.CachePlan) -> bool:
+        return any(site.select is not None and site.select.score.by == "key_norm" for site in plan.sites)
 
     def _sites(self, plan: cache.CachePlan) -> list[cache.Site]:
         return [site for site in plan.sites if site.layer not in self.skip_layers]
 
     def _selected(self, site: cache.Site) -> cache.Site:
-        select = cache.Select(self.score, self.keep, self.budget)
-        return replace(site, select=select, sink=self.sink, tail=self.tail, page=self.page)
+        score = cache.Score(self.score) if self.score else site.score or cache.Score("key_norm")
+        return replace(site, select=self._select(score), sink=self.sink, tail=self.tail, page=self.page)
+
+    def _select(self, score: cache.Score) -> cache.Select:
+        return cache.Select(score, self.keep, self.budget, self.when, self.heads, self.floor, self.policy)
 
 
 def _strange_norms(program: Program) -> str | None:

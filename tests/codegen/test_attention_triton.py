@@ -140,26 +140,27 @@ def test_tiles_that_no_query_sees_are_skipped(site):
 
 @interpreted
 def test_the_same_launches_serve_a_growing_cache():
-    """What a captured graph does: arguments and grids as they were, while counts and contents change in place."""
-    site, length = SITES["kivi"], 77
+    """What a captured graph does: arguments and grids as they were, while counts, pages and their contents change."""
+    site, length = replace(SITES["kivi"], page=16, tail=16, keys=Affine(4, 16, "channel", True)), 150
     cache, kernel = prompted(site, lengths=[length, 3]), TritonAttention(site, programs=5)
     q, out = torch.randn(2, site.heads, 1, site.key_dim), torch.empty(2, site.heads, 1, site.value_dim)
-    launches, at = (), torch.empty(0)
-    for step in range(40):  # a page leaves on the way
+    launches, at, generation, made, pages = (), torch.empty(0), -1, 0, 0
+    for step in range(32):  # the first page that leaves makes room for more
         _, keys, values = fresh(site, 2, 1, step)
         cache.begin(torch.tensor([[length + step], [3 + step]]))
         cache.append(0, keys, values)
-        if not launches:
-            launches, at = kernel.launches(cache, 0, q, out, 0.2), cache.step.positions
-            body = int(cache.counts(0)[0, 1])
+        (body,) = cache.segments[0].bodies
+        if generation != cache.generation:
+            launches, at, generation = kernel.launches(cache, 0, q, out, 0.2), cache.step.positions, cache.generation
+            made, pages = made + 1, int(body.held[0, 0])
         at.copy_(cache.step.positions)
-        if step % 13 == 0:
+        if step in (0, 15, 31):
             out.fill_(float("nan"))
             for launch in launches:
                 launch()
             assert float((out - cache.attend(0, q, 0.2)).abs().max()) < TOLERANCE["float32"]
         cache.commit([[0], [0]])
-    assert int(cache.counts(0)[0, 1]) > body
+    assert int(body.held[0, 0]) > pages and made == 2
 
 
 @interpreted
@@ -171,7 +172,7 @@ def test_the_comparison_catches_a_wrong_kernel(monkeypatch):
     text = attention_triton.source(site)
     monkeypatch.setattr(attention_triton, "INTERPRETED", 7)  # cuts a unit inside of its body
     for right, wrong in (
-        ("(token < 32)", "(token < 31)"),  # a dropped row of each page
+        ("(token < fill)", "(token < fill - 1)"),  # a dropped row of each page
         ("tl.sum(shares * totals, 0)", "tl.sum(totals, 0)"),
         ("high - low == many", "high > low"),  # a piece taken for the whole
         ("(p == first)", "(p != first)"),
@@ -212,7 +213,7 @@ def test_the_kernel_compiles_for_a_gpu_without_spilling(name, capability, rows, 
     site = replace(site, heads=32, kv_heads=8, key_dim=width, value_dim=width, dense="float16")
     kernel, signatures = TritonAttention(site), signature(site)
     ones = {"B": 1, "T": 1} if rows == 1 else {}  # Triton takes a 1 for a constant
-    shared = {"sinks": None, "SINKS": False, "BATCH": rows, "M": ROWS, **ones}
+    shared = {"sinks": None, "SINKS": False, "PAIRS": 8 * rows, "M": ROWS, **ones}
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for function, types, constants in (
         (kernel.attend, signatures["attend"], {**shared, "SOFTCAP": rows == 1}),

@@ -34,7 +34,7 @@ FAULTS = {
     ),
     "option of a dataclass in a list": (
         HEAD + "steps:\n  - cache.encode: {tails: [{size: 4}, {size: 4, rol: true}]}\n",
-        "r.yaml:5:54: 'tails' in cache.encode must be a list (a mapping each), but its part [1].rol is true",
+        "r.yaml:5:49: unknown key 'rol' in 'tails' in cache.encode[1] (did you mean 'roll'?)",
     ),
     "wrong type": (
         HEAD + "steps:\n  - weights.quantize: {bits: four}\n",

@@ -101,7 +101,7 @@ def test_the_comparison_sees_a_wrong_answer(window, drop, scale):
 def test_a_window_counts_positions_where_tokens_are_missing():
     """Selection leaves gaps: the window is measured in positions, not in stored tokens."""
     cache, q, stored, fresh = continued(replace(SPARSE, window=28), 1)
-    places = cache.segments[0].places[0, :, : cache.counts(0)[0, 1]]
+    places = cache.segments[0].bodies[0].decoded(0).positions
     there = [set(places[g].tolist()) | {0, 1} | set(range(18, 42)) for g in (0, 1)]
     assert any(14 <= t < 18 and t not in there[g] for g in (0, 1) for t in range(14, 18))
     want = naive(q[0], stored, fresh, lambda i, t, g: t in there[g] and 41 - t < 28, 0.3)

@@ -1,9 +1,11 @@
 """cache.insert: the decode step it derives gives the plain forward's logits, and its plan has the model's geometry."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from smelt.ir.cache import Site
+from smelt.ir.cache import Rope, Site
 from smelt.ir.errors import SmeltError
 from smelt.ir.interpret import interpret
 from smelt.ir.ops import ATTENTION, CACHED_ATTENTION, arguments
@@ -66,15 +68,17 @@ def test_the_plan_has_the_models_geometry(gemma, llama):
     program = gemma.fork()
     outcome = Insert().apply(program, None)
     assert outcome.done == ("layer 0", "layer 1") and not outcome.skipped
-    assert program.cache.sites == (
-        Site(0, 4, 2, 16, 16, window=8, dense="float16"),
-        Site(1, 4, 2, 16, 16, window=None, dense="float16"),
-    )
+    rope = Rope(tuple(10000 ** (-i / 8) for i in range(8)))
+    for site, window in zip(program.cache.sites, (8, None), strict=True):
+        plain = replace(site, rope=None, scale=None, softcap=None)
+        assert plain == Site(site.layer, 4, 2, 16, 16, window=window, dense="float16")
+        assert site.rope.inverse == pytest.approx(rope.inverse, rel=1e-6)
+        assert (site.attention_scale, site.softcap) == (256**-0.5, 2.0)  # the model's own scale, not that of its heads
     assert [arguments(n)["layer"] for n in program.calls(CACHED_ATTENTION)] == [0, 1]
     assert not list(program.calls(ATTENTION))
     assert program.touched == {"cache"}
     Insert("bfloat16").apply(llama, None)
-    assert llama.cache[1] == Site(1, 4, 2, 64, 64, dense="bfloat16")
+    assert replace(llama.cache[1], rope=None) == Site(1, 4, 2, 64, 64, dense="bfloat16", scale=64**-0.5)
 
 
 @pytest.mark.parametrize("dtype, least, most", [("float16", 1e-6, 2e-3), ("bfloat16", 1e-5, 2e-2)])

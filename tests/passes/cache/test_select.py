@@ -6,7 +6,7 @@ import pytest
 import sympy
 import torch
 
-from smelt.ir.cache import CachePlan, Select
+from smelt.ir.cache import CachePlan, Score, Select
 from smelt.ir.encoding import parse
 from smelt.ir.errors import SmeltError
 from smelt.passes.cache.encode import Encode
@@ -27,16 +27,19 @@ def test_sites_that_are_not_skipped_keep_a_part_of_each_page(cached):
 
 def test_the_defaults_are_the_papers(cached):
     step = Selects()
-    assert (step.score, step.keep, step.budget, step.skip_layers) == ("key_norm", 0.5, None, (0, 1))
+    assert (step.score, step.keep, step.budget, step.skip_layers) == (None, 0.5, None, (0, 1))
+    Selects(skip_layers=()).apply(cached, None)
+    assert cached.cache[0].select.score == Score("key_norm")
     assert (step.sink, step.tail, step.page) == (4, 64, 64)
 
 
 def test_half_the_tokens_are_half_the_bits(cached):
     Selects("recency", keep=0.5, skip_layers=(), sink=0, tail=0, page=16).apply(cached, None)
-    assert cached.cache.bits_per_value(16 * 100) == 16
-    cached.cache = CachePlan(tuple(replace(s, select=Select("key_norm", 0.5)) for s in cached.cache.sites))
-    # a position of 32 bits for each surviving key and value of 64
-    assert cached.cache.bits_per_value(16 * 100) == 16 + sympy.Rational(32, 2 * 128)
+    page = sympy.Rational(96, 16 * 128)  # what a page of 16 tokens takes in the page table
+    assert cached.cache.bits_per_value(16 * 100) == 16 + page
+    norms = (replace(s, select=Select("key_norm", 0.5), window=10**6) for s in cached.cache.sites)
+    # where a window reads it, a position of 32 bits for each surviving key and value of 64
+    assert CachePlan(tuple(norms)).bits_per_value(16 * 100) == 16 + page + sympy.Rational(32, 2 * 128)
 
 
 @pytest.mark.parametrize("score", ["key_norm", "recency"])
@@ -128,7 +131,7 @@ def test_a_budget_must_hold_a_page(cached):
         ({"keep": 1.0}, "keep 1.0 without a budget drops no token"),
         ({"keep": 1.5}, "keep is a fraction between 0 and 1, not 1.5"),
         ({"budget": -1}, "-1 is negative"),
-        ({"score": "norm"}, "unknown score 'norm'; known: key_norm, recency"),
+        ({"score": "norm"}, "unknown by 'norm'"),
     ],
 )
 def test_options_that_select_nothing_are_errors(options, message):

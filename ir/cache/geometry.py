@@ -1,0 +1,299 @@
+"""What a cache site stores, counted: which tokens left the tail, what survived, how many pages and bits that is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeAlias
+
+import sympy
+
+from ..encoding import Dense, Encoding
+from .code import Code
+from .hyper import Hyper
+from .options import Merge, Predict, Retrieve, Rope, Select, Tier
+from .score import Score
+
+PAGE_BITS = 96  # of a page and KV head: tokens held, position of the first, and the entry in the page table
+POSITION_BITS = 32  # one int32 for each token of the body whose position its page does not imply
+BIAS_BITS = 32  # one float32 for each token that may stand for several
+BOUND_BITS = 16  # one float16 for the least and the greatest of each channel of a page
+
+Length: TypeAlias = int | sympy.Expr
+
+
+class Counts(NamedTuple):
+    """Stored tokens per KV head, by segment; of the body, the most that any head holds."""
+
+    sink: int
+    body: int
+    tail: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The options of a site (see `Site`), and what follows from them by arithmetic."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+    dense: str = "float32"
+    sink: int = 0
+    tail: int | None = None
+    page: int = 64
+    keys: Encoding | None = None
+    values: Encoding | None = None
+    select: Select | None = None
+    tiers: tuple[Tier, ...] = ()
+    hold: int | None = None
+    frame: str = "post"
+    rope: Rope | None = None
+    compact: bool = False
+    merge: Merge | None = None
+    retrieve: Retrieve | None = None
+    code: Code | None = None
+    hyper: Hyper | None = None
+    predict: Predict | None = None
+    score: Score | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    schedule: str = "chunks"
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def attention_scale(self) -> float:
+        """What logits are multiplied by."""
+        return self.key_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def at_prompt(self) -> bool:
+        """Whether the tokens of a prompt are chosen together when it ends."""
+        return self.select is not None and self.select.when != "page"
+
+    @property
+    def survivors(self) -> int:
+        """Tokens of a page that survive when it leaves the tail, per KV head."""
+        if self.select is None or self.select.when != "page":
+            return self.page
+        if self.select.budget == 0:
+            return 0
+        return math.ceil(Fraction(str(self.select.keep)) * self.page)
+
+    @property
+    def caps(self) -> tuple[int, ...]:
+        """Tokens that a page of each body holds."""
+        shares = [math.floor(Fraction(str(t.share)) * self.survivors) for t in self.tiers if t.share is not None]
+        first = self.survivors - sum(shares)
+        return first, *(shares or [first] * len(self.tiers))
+
+    @property
+    def kept(self) -> int:
+        """Tokens that a page of the first body holds."""
+        return self.caps[0]
+
+    @property
+    def encodings(self) -> tuple[tuple[Encoding, Encoding], ...]:
+        """(keys, values) of each body."""
+        dense = Dense(self.dense)
+        pairs = ((self.keys, self.values), *((tier.keys, tier.values) for tier in self.tiers))
+        return tuple((keys or dense, values or dense) for keys, values in pairs)
+
+    @property
+    def key_encoding(self) -> Encoding:
+        """How the first body stores keys."""
+        return self.encodings[0][0]
+
+    @property
+    def value_encoding(self) -> Encoding:
+        """How the first body stores values."""
+        return self.encodings[0][1]
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the positions of a page's tokens depend on the data."""
+        if self.select is None or not self.kept:
+            return False
+        some = self.kept < self.page or self.at_prompt
+        return some and (self.select.scattered or len(self.caps) > 1)
+
+    @property
+    def places(self) -> bool:
+        """Whether the positions of single body tokens are stored: where data decides them, and somebody reads them."""
+        return self.scattered and not self.compact and (self.window is not None or self.frame == "pre")
+
+    @property
+    def endless(self) -> bool:
+        """Whether a row may go on for ever: its tokens stand at positions in a cache that does not grow."""
+        budget = self.select.budget if self.select is not None and self.select.when == "page" else None
+        return self.compact and budget is not None
+
+    @property
+    def watches(self) -> bool:
+        """Whether the queries of the tail's tokens are kept, for scores by attention."""
+        return self.select is not None and (self.select.score.by == "attention" or self.select.policy is not None)
+
+    @property
+    def running(self) -> bool:
+        """Whether every body token carries the attention that it has received so far (H2O)."""
+        return self.watches and self.select is not None and self.select.when == "overflow"
+
+    def left(self, length: int, prompt: int = 0) -> int:
+        """Tokens beyond the sinks that have left the tail of a row of this committed length."""
+        if self.tail is None or length < prompt:  # before the end of the prompt nothing leaves
+            return 0
+        if self.at_prompt and prompt > self.sink + self.tail:
+            return prompt - self.sink - self.tail + (length - prompt) // self.page * self.page
+        return max(0, length - self.sink - self.tail) // self.page * self.page
+
+    def survive(self, candidates: int) -> int:
+        """Tokens per KV head that survive of a prompt's candidates, on average over heads."""
+        select = self.select
+        if select is None or select.when == "page":
+            return candidates
+        if select.when == "overflow":
+            return self.shrunk if candidates > (select.budget or 0) else candidates
+        wanted = math.ceil(Fraction(str(select.keep)) * candidates)
+        return wanted if select.budget is None else min(wanted, select.budget)
+
+    @property
+    def shrunk(self) -> int:
+        """Body tokens after an overflow."""
+        assert self.select is not None
+        return math.ceil(Fraction(str(self.select.keep)) * (self.select.budget or 0))
+
+    def held(self, length: int, prompt: int = 0) -> list[int]:
+        """Tokens per KV head of each body; where heads differ, what they have on average."""
+        left = self.left(length, prompt)
+        if not left or not self.kept:
+            return [0] * len(self.caps)
+        if self.hold is not None:
+            return self._ladder(left // self.page)
+        candidates = max(0, prompt - self.sink - (self.tail or 0)) if self.at_prompt else 0
+        pages = (length - prompt if candidates else left) // self.page
+        start = self.survive(candidates) if candidates else 0
+        if self.select is not None and self.select.when == "overflow":
+            return [self._overflown(start, pages)]
+        budget = self.select.budget if self.select and self.select.when == "page" else None
+        if budget is not None:
+            pages = min(pages, budget // self.kept)
+        return [part + cap * pages for part, cap in zip(self.parted(start), self.caps, strict=True)]
+
+    def _ladder(self, pages: int) -> list[int]:
+        """Tokens of each tier after so many pages left the tail: the newest fill the first."""
+        out = []
+        for most in (self.hold, *(tier.budget for tier in self.tiers)):
+            taken = pages if most is None else min(pages, most // self.page)
+            out.append(taken * self.page)
+            pages -= taken
+        return out
+
+    def _overflown(self, start: int, pages: int) -> int:
+        """Body tokens when pages join one after the other, and it shrinks whenever it exceeds its budget."""
+        assert self.select is not None
+        most, body = self.select.budget or 0, start
+        rest = (most - body) // self.page
+        if pages <= rest:
+            return body + pages * self.page
+        period = (most - self.shrunk) // self.page + 1
+        return self.shrunk + (pages - rest - 1) % period * self.page
+
+    def parted(self, tokens: Any) -> list[Any]:
+        """How many of a prompt's survivors, an int or a symbol, each body gets; the best go to the first."""
+        whole = isinstance(tokens, int)
+        below = [sympy.floor(sympy.Rational(str(t.share)) * tokens) for t in self.tiers if t.share is not None]
+        parts = [tokens - sum(below), *(below or [0] * len(self.tiers))]
+        return [int(part) for part in parts] if whole else parts
+
+    def counts(self, length: int, prompt: int = 0) -> Counts:
+        """Stored tokens by segment; sinks stand in the tail until the first page leaves."""
+        left = self.left(length, prompt)
+        if not left:
+            return Counts(0, 0, length)
+        return Counts(self.sink, sum(self.held(length, prompt)), length - self.sink - left)
+
+    def room(self, length: int, prompt: int = 0) -> int | None:
+        """Tokens up to and including the one that makes the next page leave; None: none ever will."""
+        if self.tail is None:
+            return None
+        return self.sink + self.tail + self.left(length, prompt) + self.page - length
+
+    def pages(self, capacity: int) -> int:
+        """Most pages that the first body of a row and KV head holds within this context, where heads are even."""
+        if not self.kept or self.tail is None:
+            return 0
+        most = max(0, capacity - self.sink - self.tail) // self.page + self.at_prompt
+        budget = self.select.budget if self.select and self.select.when == "page" else None
+        return most if budget is None else min(most, budget // self.kept)
+
+    def page_bits(self, number: int) -> sympy.Expr:
+        """Stored bits of a page of a body for all KV heads, with what the page table and side data take."""
+        cap, (keys, values) = self.caps[number], self.encodings[number]
+        side = PAGE_BITS + cap * (POSITION_BITS * self.places + BIAS_BITS * (self.merge is not None))
+        side += 32 * cap * self.running
+        side += 2 * BOUND_BITS * self.key_dim * (self.retrieve is not None and self.retrieve.by == "pages")
+        page = keys.stored_bits((self.kv_heads, cap, self.key_dim))
+        return page + values.stored_bits((self.kv_heads, cap, self.value_dim)) + self.kv_heads * side
+
+    def bits(self, context: Length, prompt: int | None = None) -> sympy.Expr:
+        """Stored bits of one sequence of `context` tokens, of which `prompt` (default: all) were its prompt.
+
+        Codes, scales, zeros, positions, page tables and the dense rest; where heads have their own numbers of tokens,
+        their average, before rounding to pages.
+        """
+        length = sympy.sympify(context)
+        number = Dense(self.dense).stored_bits((1,))
+        token = self.kv_heads * (self.key_dim + self.value_dim) * number
+        watched = self.watches * self.heads * self.key_dim * number + 32 * self.running * self.kv_heads
+        if prompt is None:
+            left, pages = self._whole(length)
+        else:
+            left, pages = sympy.Integer(self.left(int(context), prompt)), self._split(int(context), prompt)
+        tail = length - left - self.sink * sympy.Min(1, left)
+        bits = token * (length - left) + watched * tail + 32 * self.compact * self.kv_heads
+        return bits + sum((self.page_bits(number) * count for number, count in enumerate(pages)), sympy.Integer(0))
+
+    def _whole(self, length: sympy.Expr) -> tuple[sympy.Expr, list[sympy.Expr]]:
+        """Tokens that have left the tail and pages of each body, where all `length` tokens were the prompt."""
+        if self.tail is None or not self.kept:
+            left = 0 if self.tail is None else sympy.floor(self._beyond(length) / self.page) * self.page
+            return sympy.sympify(left), []
+        beyond = self._beyond(length)
+        if self.at_prompt:
+            parts = self.parted(self._surviving(beyond))
+            return beyond, [sympy.ceiling(part / cap) for part, cap in zip(parts, self.caps, strict=True)]
+        pages = sympy.floor(beyond / self.page)
+        left, out = pages * self.page, []
+        if self.hold is None:
+            most = self.select.budget if self.select else None
+            return left, [pages if most is None else sympy.Min(pages, most // self.kept)] * len(self.caps)
+        for most in (self.hold, *(tier.budget for tier in self.tiers)):
+            out.append(pages if most is None else sympy.Min(pages, most // self.page))
+            pages -= out[-1]
+        return left, out
+
+    def _beyond(self, length: sympy.Expr) -> sympy.Expr:
+        return sympy.Max(0, length - self.sink - (self.tail or 0))
+
+    def _surviving(self, candidates: sympy.Expr) -> sympy.Expr:
+        """`survive` of a number that may be a symbol."""
+        assert self.select is not None
+        if self.select.when == "overflow":
+            return sympy.Piecewise((self.shrunk, candidates > (self.select.budget or 0)), (candidates, True))
+        wanted = sympy.ceiling(sympy.Rational(str(self.select.keep)) * candidates)
+        return wanted if self.select.budget is None else sympy.Min(wanted, self.select.budget)
+
+    def _split(self, context: int, prompt: int) -> list[int]:
+        """Pages of each body: those of the prompt's choice and later ones are not mixed."""
+        chosen = self.at_prompt and self.tail is not None and prompt > self.sink + self.tail
+        joins = chosen and self.select is not None and self.select.when == "prompt"
+        later = (context - prompt) // self.page if joins else 0
+        held = zip(self.held(context, prompt), self.caps, strict=True)
+        return [-(-(tokens - later * cap) // cap) + later if cap else 0 for tokens, cap in held]

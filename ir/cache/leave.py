@@ -1,0 +1,311 @@
+"""What becomes of tokens that leave the tail: scored, chosen, merged, and written to the bodies in position order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import SmeltError
+from .body import Body, Tokens
+from .choose import adaptive, centers, choose
+from .merge import merge
+from .policy import profile
+from .score import column_mass, scores
+from .site import Site
+
+if TYPE_CHECKING:
+    from .segments import Segments
+
+Chosen = Sequence[torch.Tensor]  # for each KV head the survivors' indices, ascending
+
+
+def arrive(segments: Segments, row: int, slots: slice, first: int, used: int, prompt: bool) -> None:
+    """Store in the bodies what survives of the tail's `slots`, whose tokens stand at positions `first` and later.
+
+    `used`: tokens that the tail holds now. `prompt`: choose from all of them together.
+    """
+    site = segments.site
+    if site.running:
+        _weigh(segments, row, used, first - slots.start)
+    if not segments.bodies:
+        return
+    positions = torch.arange(first, first + slots.stop - slots.start, device=segments.tail_k.device)
+    try:
+        if prompt:
+            _prompt(segments, row, slots, positions, used)
+        elif site.select is not None and site.select.when == "overflow":
+            _overflow(segments, row, slots, positions)
+        else:
+            _pages(segments, row, slots, first, used)
+    except SmeltError as error:
+        last = first + slots.stop - slots.start - 1
+        raise SmeltError(f"cache of layer {site.layer}, tokens {first} to {last}: {error}") from error
+
+
+def _pages(segments: Segments, row: int, slots: slice, first: int, used: int) -> None:
+    """Of every page that leaves, survivors become one page of each body; then bodies let go what exceeds them."""
+    site, bodies = segments.site, segments.bodies
+    most = _most(site, 0)
+    pages = (slots.stop - slots.start) // site.page
+    skip = 0 if most is None or site.tiers else max(0, pages - most)  # what the budget drops at once is not encoded
+    span = slice(slots.start + skip * site.page, slots.stop)
+    keys, values = segments.tail_k[row, :, span], segments.tail_v[row, :, span]
+    paged = keys.unflatten(1, (pages - skip, site.page))
+    given = _score_of_tail(segments, row, span, used) if len(bodies) > 1 and not site.hold else None
+    left = first + skip * site.page
+    positions = torch.arange(left, first + pages * site.page, device=keys.device)
+    for body, chosen in zip(bodies, survivors(site, paged, values, left, given), strict=False):
+        offsets = torch.arange(pages - skip, device=keys.device)[:, None] * site.page
+        index = (chosen + offsets).flatten(1)  # [G, P · cap]
+        body.append(row, _picked(keys, values, positions, list(index)))
+    for number, body in enumerate(bodies):
+        limit = _most(site, number)
+        if limit is None:
+            continue
+        over = [max(0, int(held) - limit) for held in body.host_held[row]]
+        if any(over) and number + 1 < len(bodies) and site.hold:
+            bodies[number + 1].append(row, _oldest(body, row, over))
+        body.drop(row, over)
+
+
+def _most(site: Site, number: int) -> int | None:
+    """Most pages of a body, or None."""
+    if site.hold is not None:
+        budget = site.hold if number == 0 else site.tiers[number - 1].budget
+    else:
+        budget = site.select.budget if site.select and site.select.when == "page" else None
+    return None if budget is None else budget // site.caps[number]
+
+
+def survivors(
+    site: Site, paged: torch.Tensor, values: torch.Tensor, first: int = 0, given: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """For each body the indices [G, P, cap] of a page's tokens that it gets, ascending.
+
+    `paged` [G, P, page, D] and `values` [G, P · page, E] begin at position `first`; `given` [G, P · page]: scores.
+    Every page is judged by itself, so that it does not matter how many leave at once.
+    """
+    heads, pages = paged.shape[:2]
+    if not site.scattered or site.kept == site.page:
+        last = torch.arange(site.page - site.survivors, site.page, device=paged.device)
+        return [last.expand(heads, pages, -1)]
+    assert site.select is not None
+    if given is None:
+        of_pages = []
+        for page in range(pages):
+            at = torch.arange(page * site.page, (page + 1) * site.page, device=paged.device)
+            of_pages.append(scores(site.select.score, paged[:, page], values[:, at], at + first))
+        found = torch.stack(of_pages, 1)
+    else:
+        found = given.unflatten(1, (pages, site.page))
+    order = torch.sort(found, dim=-1, descending=True, stable=True).indices
+    out, start = [], 0
+    for cap in site.caps:
+        out.append(order[..., start : start + cap].sort(-1).values)
+        start += cap
+    return out
+
+
+def _score_of_tail(segments: Segments, row: int, span: slice, used: int) -> torch.Tensor | None:
+    """Scores [G, n] of a part of the tail by the attention of the tail's queries; None: the score needs no queries."""
+    site = segments.site
+    if not site.watches or segments.tail_q is None or site.select is None:
+        return None
+    places = torch.arange(used, device=segments.tail_k.device)
+    found = scores(
+        site.select.score,
+        segments.tail_k[row, :, :used],
+        segments.tail_v[row, :, :used],
+        positions=places,
+        q=segments.tail_q[row, :, :used],
+        q_positions=places,
+        scale=site.attention_scale,
+        window=site.window,
+        softcap=site.softcap,
+    )
+    return found[:, span]
+
+
+def _prompt(segments: Segments, row: int, slots: slice, positions: torch.Tensor, used: int) -> None:
+    """Choose among all of a prompt but sinks and tail, and share the survivors out to the bodies."""
+    site, select = segments.site, segments.site.select
+    assert select is not None
+    keys, values = segments.tail_k[row, :, slots], segments.tail_v[row, :, slots]
+    if segments.tail_mass is not None:
+        found = segments.tail_mass[row, :, slots]
+    else:
+        given = _score_of_tail(segments, row, slots, used)
+        if select.score.by == "centers":  # found by their own search, and ranked by nothing
+            given = torch.zeros(keys.shape[:2])
+        found = scores(select.score, keys, values, positions) if given is None else given
+    count = site.survive(len(positions))
+    if select.policy is not None:
+        chosen: Chosen = _profiled(segments, row, slots, used)
+    elif select.score.by == "centers":
+        chosen = centers(keys, count)
+    else:
+        chosen = choose(found, adaptive(found, count, select.floor) if select.heads == "adaptive" else count)
+    merged: list[torch.Tensor | None] = [None] * len(chosen)
+    if site.merge is not None:
+        keys, values, merged = _merged(site, keys, values, positions, found, chosen)
+    parts = _parted(found, chosen, site.parted(count)) if len(segments.bodies) > 1 else [chosen]
+    for body, of_body in zip(segments.bodies, parts, strict=True):
+        heads = _picked(keys, values, positions, of_body)
+        if site.running:
+            heads = [t._replace(mass=found[g, index]) for g, (t, index) in enumerate(zip(heads, of_body, strict=True))]
+        if site.merge is not None:
+            heads = [tokens._replace(bias=bias) for tokens, bias in zip(heads, merged, strict=True)]
+        body.append(row, heads)
+
+
+def _profiled(segments: Segments, row: int, slots: slice, used: int) -> Chosen:
+    """The candidates among the tail's `slots` that the policy of each KV head keeps."""
+    site, select = segments.site, segments.site.select
+    assert select is not None and select.policy is not None and segments.tail_q is not None
+    at = torch.arange(used, device=segments.tail_k.device)
+    special, punctuation = (at < site.sink), torch.zeros_like(at, dtype=torch.bool)
+    found = profile(
+        select.policy, segments.tail_q[row, :, :used], segments.tail_k[row, :, :used], at, at, special, punctuation,
+        site.attention_scale, always=site.tail or 0, window=site.window, softcap=site.softcap,
+    )  # fmt: skip
+    return [h.kept[(h.kept >= slots.start) & (h.kept < slots.stop)] - slots.start for h in found]
+
+
+def _parted(found: torch.Tensor, chosen: Chosen, counts: Sequence[int]) -> list[Chosen]:
+    """Each head's survivors for each body, the best for the first, in position order."""
+    ranked = [index[found[head, index].argsort(descending=True, stable=True)] for head, index in enumerate(chosen)]
+    out: list[Chosen] = []
+    start = 0
+    for count in counts:
+        out.append([order[start : start + count].sort().values for order in ranked])
+        start += count
+    return out
+
+
+def _merged(
+    site: Site, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, found: torch.Tensor, chosen: Chosen
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    """Keys and values with what the best of the others added to the survivors, and the survivors' biases."""
+    assert site.merge is not None
+    turns = site.rope is not None and not site.merge.values_only
+    plain = site.rope.turn(keys.float(), -positions) if turns and site.rope else keys.float()
+    biases: list[torch.Tensor | None] = []
+    new_keys, new_values = plain.clone(), values.float().clone()
+    for head, kept in enumerate(chosen):
+        others = torch.ones(keys.shape[1], dtype=torch.bool, device=keys.device)
+        others[kept] = False
+        rest = others.nonzero().flatten()
+        best = rest[found[head, rest].argsort(descending=True, stable=True)][: round(site.merge.share * len(rest))]
+        made = merge(
+            plain[head], values[head].float(), found[head], kept, best.sort().values,
+            threshold=site.merge.threshold, values_only=site.merge.values_only,
+        )  # fmt: skip
+        new_keys[head, kept], new_values[head, kept] = made.keys, made.values
+        biases.append(made.bias)
+    back = site.rope.turn(new_keys, positions) if turns and site.rope else new_keys
+    return back, new_values, biases
+
+
+def _overflow(segments: Segments, row: int, slots: slice, positions: torch.Tensor) -> None:
+    """Pages join the body one by one; whenever it exceeds its budget the best of it stay."""
+    site, (body,) = segments.site, segments.bodies
+    assert site.select is not None
+    for start in range(slots.start, slots.stop, site.page):
+        span, at = slice(start, start + site.page), positions[start - slots.start :][: site.page]
+        keys, values = segments.tail_k[row, :, span], segments.tail_v[row, :, span]
+        fresh = _picked(keys, values, at, [torch.arange(site.page, device=keys.device)] * site.kv_heads)
+        if segments.tail_mass is not None:
+            fresh = [tokens._replace(mass=segments.tail_mass[row, g, span]) for g, tokens in enumerate(fresh)]
+        held = _stored(body, row)
+        if len(held[0].positions) + site.page <= (site.select.budget or 0):
+            body.append(row, fresh)
+            continue
+        both = [_joined(old, new) for old, new in zip(held, fresh, strict=True)]
+        body.clear(row)
+        body.append(row, [_best(site, tokens) for tokens in both])
+
+
+def _best(site: Site, tokens: Tokens) -> Tokens:
+    """The tokens of a KV head that survive an overflow."""
+    assert site.select is not None
+    if tokens.mass is not None:
+        found = tokens.mass[None]
+    else:
+        found = scores(site.select.score, tokens.keys[None], tokens.values[None], tokens.positions)
+    (kept,) = choose(found, site.shrunk)
+    return _taken(tokens, kept)
+
+
+def _weigh(segments: Segments, row: int, used: int, start: int) -> None:
+    """Add the attention of queries that were not counted yet to what every stored token received.
+
+    `start`: position of the tail's first token. The tokens of sinks and bodies are read as the queries read them.
+    """
+    site, first = segments.site, segments.counted[row]
+    assert segments.tail_q is not None and segments.tail_mass is not None
+    length = start + used
+    at = torch.arange(start, length, device=segments.tail_k.device)
+    reads = [(r.keys, r.positions) for r in ([segments.sinks(row)] if start else [])]
+    for body in segments.bodies:
+        stored = _stored(body, row)  # heads are even: what overflows is divided alike
+        reads.append((torch.stack([t.keys for t in stored]), torch.stack([t.positions for t in stored])))
+    reads.append((segments.tail_k[row, :, :used].float(), at[None]))
+    fresh = slice(max(first - start, 0), used)
+    mass = column_mass(
+        segments.tail_q[row, :, fresh],
+        torch.cat([keys for keys, _ in reads], 1),
+        at[fresh],
+        torch.cat([places.expand(site.kv_heads, -1) for _, places in reads], 1),
+        site.attention_scale,
+        site.window,
+        site.softcap,
+        reduce=site.select.score.reduce if site.select else "mean",
+    )
+    parts = mass.split([keys.shape[1] for keys, _ in reads], 1)
+    for body, gained in zip(segments.bodies, parts[len(reads) - 1 - len(segments.bodies) :], strict=False):
+        body.gain(row, gained)
+    segments.tail_mass[row, :, :used] += parts[-1]
+    segments.counted[row] = length
+
+
+def _picked(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, chosen: Chosen) -> list[Tokens]:
+    """The chosen tokens of each KV head; keys [G, n, D], values [G, n, E], positions [n]."""
+    return [Tokens(keys[g, index], values[g, index], positions[index]) for g, index in enumerate(chosen)]
+
+
+def _stored(body: Body, row: int) -> list[Tokens]:
+    """What a row's body holds, head by head, in float32 and as it is read."""
+    decoded, site = body.decoded(row), body.site
+    if decoded is None:
+        empty = torch.zeros(0, device=body.device)
+        blank = Tokens(empty.view(0, site.key_dim), empty.view(0, site.value_dim), empty.long())
+        return [blank._replace(mass=empty if site.running else None)] * site.kv_heads
+    out = []
+    for g in range(site.kv_heads):
+        real = slice(None) if decoded.bias is None else torch.isfinite(decoded.bias[g])
+        mass = None if decoded.mass is None else decoded.mass[g, real]
+        out.append(Tokens(decoded.keys[g, real], decoded.values[g, real], decoded.positions[g, real], None, mass))
+    return out
+
+
+def _oldest(body: Body, row: int, counts: Sequence[int]) -> list[Tokens]:
+    """The tokens of the oldest pages of each KV head."""
+    return [
+        _taken(tokens, slice(0, count * body.cap)) for tokens, count in zip(_stored(body, row), counts, strict=True)
+    ]
+
+
+def _joined(old: Tokens, new: Tokens) -> Tokens:
+    def both(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([a, b.to(a.dtype)])
+
+    mass = None if old.mass is None or new.mass is None else both(old.mass, new.mass)
+    whole = both(old.keys, new.keys), both(old.values, new.values), both(old.positions, new.positions)
+    return Tokens(*whole, None, mass)
+
+
+def _taken(tokens: Tokens, index: torch.Tensor | slice) -> Tokens:
+    mass = None if tokens.mass is None else tokens.mass[index]
+    return Tokens(tokens.keys[index], tokens.values[index], tokens.positions[index], None, mass)

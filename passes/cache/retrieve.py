@@ -1,0 +1,101 @@
+"""Reads only a part of the cache at a step (Quest, TokenSelect and TidalDecode, 2024); nothing is deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from ...ir import cache
+from ...ir.errors import SmeltError
+from ...ir.program import Program
+from .._contracts import cached_decoder, within_context
+from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._sites import SINK, TAIL, changed, faults
+
+
+@dataclass(frozen=True)
+class Retrieve(Pass):
+    """Every query reads the sinks, the tail, and the `budget` tokens of the body that matter most to it.
+
+    by: pages bounds the logits of a page by the extremes of its channels and reads the best pages, for each KV head
+        (Quest). scan takes all logits, lets the heads vote by their softmax, and reads the best tokens (TokenSelect).
+        reuse does so in `layers` only, which read everything; those behind them read the same tokens (TidalDecode).
+    budget: tokens of the body that are read.
+    dense_layers: first layers that read everything.
+    layers: the layers that select, for by: reuse.
+    sink: first tokens of a sequence, which are always read.
+    tail: newest tokens, which are always read.
+    page: tokens of a page.
+
+    sink, tail and page are those of the plan where tokens leave the tail already.
+
+    Lists are made of closed pages, for every token of a step alone, so that a tree of drafts reads what plain decoding
+    would read. Deviations: TokenSelect scores a chunk of the prompt by its mean query and gives keys positions by their
+    place in the list; here prompts are read whole, and every key keeps its own position. TidalDecode's code selects
+    for each query head; here a layer's heads vote.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    effects: ClassVar[frozenset[Effect]] = frozenset({"numerics", "cache"})
+
+    by: Literal["pages", "scan", "reuse"] = "pages"
+    budget: int = 1024
+    dense_layers: int = 2
+    layers: tuple[int, ...] = ()
+    sink: int = SINK
+    tail: int = TAIL
+    page: int = 16
+
+    def __post_init__(self) -> None:
+        cache.Retrieve("pages", self.budget)
+        if (self.by == "reuse") != bool(self.layers):
+            raise SmeltError("by: reuse and layers, the ones that select, come together")
+        if self.layers and (tuple(sorted(set(self.layers))) != self.layers or self.layers[0] < self.dense_layers):
+            raise SmeltError(f"layers must ascend from dense_layers ({self.dense_layers}) on, not {list(self.layers)}")
+
+    def requires(self, program: Program) -> Iterator[str]:
+        """A cache plan that reads everything so far, with the layers that are named."""
+        yield from cached_decoder(program)
+        if program.cache is None:
+            return
+        yield from within_context(program, self.budget)
+        sites = program.cache.sites
+        for site in sites:
+            if site.retrieve is not None:
+                since = program.changed_by("cache")
+                yield f"layer {site.layer} already reads a part of its cache{since}: keep one of the two steps"
+                return
+        last = sites[-1].layer
+        if self.layers and self.layers[-1] > last:
+            yield f"layers names layer {self.layers[-1]}, but the cache has the layers {sites[0].layer} to {last}"
+        if self.dense_layers > last:
+            yield f"dense_layers {self.dense_layers} leaves no layer that reads less: the cache has {len(sites)} layers"
+            return
+        yield from faults(self._sites(program.cache), self._reading)
+
+    def apply(self, program: Program, samples: Samples | None) -> Outcome:
+        """Set what every layer behind the dense ones reads."""
+        assert program.cache is not None
+        sites = self._sites(program.cache)
+        skipped = {f"layer {s.layer}": "reads everything: dense_layers" for s in program.cache.sites if s not in sites}
+        program.cache = changed(program.cache, program.cache.sites, self._paged)
+        program.cache = changed(program.cache, self._sites(program.cache), self._reading)
+        program.touch("cache")
+        return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped)
+
+    def _sites(self, plan: cache.CachePlan) -> list[cache.Site]:
+        first = self.layers[0] if self.layers else self.dense_layers
+        return [site for site in plan.sites if site.layer >= first]
+
+    def _paged(self, site: cache.Site) -> cache.Site:
+        return site if site.tail is not None else replace(site, sink=self.sink, tail=self.tail, page=self.page)
+
+    def _reading(self, site: cache.Site) -> cache.Site:
+        if self.by != "reuse":
+            read = cache.Retrieve(self.by, self.budget)
+        elif site.layer in self.layers:
+            read = cache.Retrieve("dense", self.budget)
+        else:
+            read = cache.Retrieve("reuse", self.budget, max(l for l in self.layers if l < site.layer))
+        return replace(self._paged(site), retrieve=read)

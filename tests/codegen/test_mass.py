@@ -1,0 +1,175 @@
+"""The C++ kernel of attention mass: against the reference, the same bits on any threads, and mutants that show."""
+
+import pytest
+import torch
+
+from smelt.codegen import mass
+from smelt.codegen.mass import KEYS, bind, column_mass
+from smelt.ir.cache import score
+from smelt.ir.errors import SmeltError
+
+from .mutants import mutant
+
+TOLERANCE = 5e-6  # relative to the largest; logits of 15 are rounded at 1e-6, and weights by as much
+SHAPES = {  # heads, KV heads, dim, type
+    "even": (4, 2, 64, torch.float32),
+    "odd": (3, 1, 20, torch.float16),
+    "wide": (8, 8, 128, torch.bfloat16),
+}
+SIZES = [(1, 1), (1, 63), (7, 256), (65, 700)]  # queries, keys
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def given(shape, queries, keys, seed=0):
+    """q with strides, keys, and positions: keys with gaps, the newest queries last."""
+    heads, groups, dim, dtype = shape
+    random = torch.Generator().manual_seed(seed)
+    q = torch.randn(queries, heads, dim + 4, generator=random)[..., :dim].transpose(0, 1)
+    k = torch.randn(groups, keys, dim, generator=random).to(dtype)
+    at = torch.stack([torch.randperm(keys + 5, generator=random)[:keys].sort().values for _ in range(groups)])
+    return q, k, torch.arange(keys + 5 - queries, keys + 5), at
+
+
+def options(heads):
+    yield {}
+    yield {"window": 40}
+    yield {"softcap": 2.0, "sinks": torch.linspace(-2, 3, heads)}
+
+
+def error(got, want):
+    return float(((got - want).abs().nan_to_num(nan=9.0) / want.abs().amax().clamp(min=1e-3)).max())
+
+
+@every_shape
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+def test_the_kernel_sums_columns_as_the_reference(shape, queries, keys):
+    q, k, q_at, k_at = given(shape, queries, keys)
+    for more in options(shape[0]):
+        for normalize, reduce in (("none", "mean"), ("length", "max"), ("count", "sum")):
+            got = column_mass(q, k, q_at, k_at, 0.3, **more, normalize=normalize, reduce=reduce)
+            want = score.column_mass(q, k, q_at, k_at, 0.3, **more, normalize=normalize, reduce=reduce)
+            assert got.shape == want.shape and error(got, want) < TOLERANCE, (more, normalize)
+
+
+@every_shape
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+def test_the_kernel_gives_a_mass_for_each_query(shape, queries, keys):
+    q, k, q_at, k_at = given(shape, queries, keys)
+    for more, reduce in zip(options(shape[0]), ("mean", "max", "sum"), strict=True):
+        out = torch.full((queries, k.shape[0], keys), float("nan"))
+        bind(q, k, q_at, k_at, out, 0.3, **more, each=reduce)()
+        assert error(out, score.query_mass(q, k, q_at, k_at, 0.3, **more, reduce=reduce)) < TOLERANCE
+
+
+def tree(queries, keys, k_at):
+    """A step's own keys stand last; a new token sees the first new one and itself. (bits, seen [G, n, S])"""
+    own = torch.eye(queries, dtype=torch.bool)
+    own[:, 0] = True
+    words = torch.zeros(queries, -(-queries // 64), dtype=torch.int64)
+    for i, j in own.nonzero().tolist():
+        words[i, j // 64] |= (1 << (j % 64)) - (1 << 64 if j % 64 == 63 else 0)
+    seen = torch.ones(len(k_at), queries, keys, dtype=torch.bool)
+    seen[..., keys - queries :] = own
+    return words, seen
+
+
+@pytest.mark.parametrize("queries", [1, 5, 64, 65])
+def test_a_token_of_a_tree_sees_its_ancestors(queries):
+    q, k, _, k_at = given(SHAPES["even"], queries, 200)
+    words, seen = tree(queries, 200, k_at)
+    q_at = torch.full((queries,), 500)
+    out = torch.full((queries, 2, 200), float("nan"))
+    bind(q, k, q_at, k_at, out, 0.3, each="mean", visible=words, fresh=queries)()
+    assert error(out, score.query_mass(q, k, q_at, k_at, 0.3, seen=seen)) < TOLERANCE
+
+
+def test_blocks_of_queries_share_the_scratch(monkeypatch):
+    q, k, q_at, k_at = given(SHAPES["even"], 65, 700)
+    whole = column_mass(q, k, q_at, k_at, 0.3)
+    monkeypatch.setattr(mass, "SCRATCH", 1 << 14)
+    assert mass.scratch(4, 2, 64, 700, 65)[1] == 5
+    assert torch.equal(column_mass(q, k, q_at, k_at, 0.3), whole)
+
+
+def test_the_bits_do_not_depend_on_threads(monkeypatch):
+    q, k, q_at, k_at = given(SHAPES["even"], 65, 700)
+    together = column_mass(q, k, q_at, k_at, 0.3)
+    monkeypatch.setenv("SMELT_THREADS", "1")
+    assert torch.equal(column_mass(q, k, q_at, k_at, 0.3), together)
+
+
+def test_a_buffer_may_be_filled_in_part_and_have_holes():
+    q, k, q_at, k_at = given(SHAPES["even"], 7, 300)
+    hole = k_at.clone()
+    hole[:, 9] = 1 << 40
+    out = torch.full((4, 300), float("nan"))
+    made = bind(q, k, q_at, hole, out, 0.3)
+    for keys in (300, 77):
+        out.fill_(float("nan"))
+        made.words[KEYS] = keys
+        made()
+        rest = [s for s in range(keys) if s != 9]
+        want = score.column_mass(q, k[:, rest], q_at, k_at[:, rest], 0.3)
+        assert error(out.unflatten(0, (2, 2)).mean(1)[:, rest], want) < TOLERANCE
+        assert (out[:, 9] == 0).all() and out[:, keys:].isnan().all()
+
+
+def test_any_strides_and_halves_will_do():
+    q, k, q_at, k_at = given(SHAPES["odd"], 7, 63)
+    whole = column_mass(q, k, q_at, k_at, 0.3)
+    turned = k.mT.contiguous().mT
+    wide = k_at.repeat_interleave(2, 1)[:, ::2]
+    assert torch.equal(column_mass(q.mT.contiguous().mT, turned, q_at.repeat_interleave(2)[::2], wide, 0.3), whole)
+    assert torch.equal(column_mass(q.half(), k, q_at, k_at, 0.3), column_mass(q.half().float(), k, q_at, k_at, 0.3))
+
+
+@pytest.mark.parametrize("options", [{}, {"queries": 5, "normalize": "length", "pool": 3}, {"combine": "aligned"}])
+def test_scores_take_the_kernel(options):
+    q, k, q_at, k_at = given(SHAPES["even"], 40, 63)
+    given_all = (score.Score(**options), k, k, k_at, q, q_at)
+    got = score.scores(*given_all, scale=0.3, mass=column_mass)
+    assert error(got, score.scores(*given_all, scale=0.3)) < TOLERANCE
+
+
+def test_queries_that_see_nothing_give_nothing_and_nan_shows():
+    q, k, q_at, k_at = given(SHAPES["even"], 3, 40)
+    assert (column_mass(q, k, q_at - 100, k_at, 0.3) == 0).all()
+    assert column_mass(q[:, :0], k, q_at[:0], k_at, 0.3).shape == (2, 40)
+    q[1, 2, 3] = float("nan")
+    out = torch.zeros(3, 2, 40)
+    bind(q, k, q_at, k_at, out, 0.3, each="sum")()
+    assert out[2, 0].isnan().any() and out[:2].isfinite().all() and out[2, 1].isfinite().all()
+
+
+MUTANTS = {
+    "5 % scale": ("x[d] * at.scale : 0", "x[d] * at.scale * 1.05f : 0"),
+    "a dropped key": ("live[j] = -1, seen++", "live[j] = j ? -1 : 0, seen++"),
+    "a dropped query": ("first + t ? read", "first + t > 1 ? read"),
+    "wrong head": ("at.logits(h, t) + s)", "at.logits(h ^ 1, t) + s)"),
+    "a chunk without its factor": (" * exponential(splat(mosts[c] - most))[0]", ""),
+    "window too wide": ("distance >= window", "distance > window"),
+    "no sinks": ("if (at.sinks) total +=", "if (0) total +="),
+    "a chunk not counted": ("many += seen[c]", "many += c ? 0 : seen[c]"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), MUTANTS.values(), ids=MUTANTS)
+def test_the_comparison_catches_a_wrong_kernel(right, wrong):
+    q, k, q_at, k_at = given(SHAPES["even"], 7, 700)
+    more = {"window": 600, "sinks": torch.linspace(-2, 3, 4), "normalize": "length"}
+    want = score.column_mass(q, k, q_at, k_at, 0.3, **more)
+    assert error(column_mass(q, k, q_at, k_at, 0.3, **more), want) < TOLERANCE
+    with mutant(right, wrong):
+        assert error(column_mass(q, k, q_at, k_at, 0.3, **more), want) > 100 * TOLERANCE
+
+
+def test_what_it_cannot_read_is_named():
+    q, k, q_at, k_at = given(SHAPES["even"], 3, 40)
+    with pytest.raises(SmeltError, match="not int8; decode them"):
+        column_mass(q, k.to(torch.int8), q_at, k_at, 0.3)
+    with pytest.raises(SmeltError, match="3 query heads do not share 2 KV heads"):
+        mass.function(3, 2, 64, "float32")
+    with pytest.raises(ValueError, match=r"out \[4, 40\], each contiguous"):
+        bind(q, k, q_at, k_at, torch.empty(4, 39), 0.3)
+    with pytest.raises(ValueError, match="visible is int64"):
+        bind(q, k, q_at, k_at, torch.empty(4, 40), 0.3, visible=torch.zeros(3, 2, dtype=torch.int64), fresh=3)
