@@ -81,7 +81,9 @@ class Decoding:
         """Yields (row, tokens) until every row has ended; a row's first token comes out of its prompt."""
         for number, row in enumerate(self.rows):
             self._see(torch.full((len(row.prompt),), number), row.prompt)
-        outputs = self.session.prefill([r.prompt for r in self.rows], self.drafter.harvest if self.drafter else None)
+        done = self.session.cache.lengths  # what a prefix has brought is not read again
+        fresh = [row.prompt[length:] for row, length in zip(self.rows, done, strict=True)]
+        outputs = self.session.prefill(fresh, self.drafter.harvest if self.drafter else None)
         everyone = torch.arange(len(self.rows))
         with _one_thread():
             first = self._choose(everyone, outputs["logits"], torch.tensor([len(row.prompt) for row in self.rows]))

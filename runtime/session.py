@@ -36,6 +36,12 @@ class Session:
         if plan.program.cache is None:
             raise SmeltError(f"{plan.program.name} has no cache, so it cannot generate: add the step cache.insert")
         nodes = len(plan.program.decode.tree) if plan.program.decode else 1
+        for site in plan.program.cache.sites:
+            if site.hyper is not None and nodes > site.hyper.min_seq_len:
+                raise SmeltError(
+                    f"layer {site.layer} approximates more than {site.hyper.min_seq_len} tokens at once, and a step "
+                    f"has {nodes} drafted ones: raise attention.hyper's min_seq_len, or draft fewer nodes"
+                )
         self.plan = plan
         self.cache = Cache(plan.program.cache, batch, capacity, plan.device, scratch=nodes)
         self._decoded = {} if decoded is None else decoded
@@ -43,21 +49,35 @@ class Session:
         self.chosen: torch.Tensor | None = None
         self._all: dict[int, torch.Tensor] = {}  # `valid` of a step without padding, by tokens
 
-    def prefill(self, prompts: Sequence[Sequence[int]], harvest: Harvest | None = None) -> dict[str, torch.Tensor]:
-        """Read one prompt a row; returns for each output the values at every row's last token, [B, ...].
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], harvest: Harvest | None = None, end: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Read one prompt a row, behind what the cache holds; returns the outputs at every row's last token, [B, ...].
+
+        `end`: nothing more of the prompts comes, so that the cache stores them as its plan says.
 
         `harvest(row, tokens, logits)` sees every prompt token with the logits behind it, as prompts are read; without
-        it only the last token's logits are computed.
+        it only the last token's logits are computed. It sees none where prompts are read whole (`attention.hyper`) and
+        their logits would take too much: a drafter must not decide whether a prompt is approximated.
         """
-        vocabulary = int(self.plan.program.facts.get("vocabulary") or 1) if harvest else 1
-        chunk = max(width for width in WIDTHS if width == 1 or width * len(prompts) * vocabulary <= LOGITS)
+        vocabulary = int(self.plan.program.facts.get("vocabulary") or 1)
+        exact = [site.hyper.min_seq_len for site in self.cache.plan.sites if site.hyper is not None]
+        longest, rows = max(map(len, prompts)), len(prompts)
+        whole = bool(exact) and self.cache.empty and longest > 0
+        if whole and longest * rows * vocabulary > LOGITS:
+            harvest = None
+        tokens = LOGITS // (rows * (vocabulary if harvest else 1))
+        # sites that approximate long prompts want them whole, and read shorter pieces exactly
+        chunk = longest if whole else max(width for width in WIDTHS if width <= max(1, min([tokens, *exact])))
         last: dict[str, torch.Tensor] = {}
         for start in range(0, max(map(len, prompts)), chunk):
             pieces = [prompt[start : start + chunk] for prompt in prompts]
-            width = next(width for width in WIDTHS if width >= max(map(len, pieces)))
+            most = max(map(len, pieces))
+            width = next((width for width in WIDTHS if width >= most), -(-most // CHUNK) * CHUNK)
             self._read(pieces, width, last, harvest)
         self._bound = {key: b for key, b in self._bound.items() if key[0] == 1 or b.nbytes <= HELD}
-        self.cache.end_prefill()
+        if end:
+            self.cache.end_prefill()
         return last
 
     def step(

@@ -19,13 +19,16 @@ from .codegen.lower import lower
 from .codegen.plan import Plan, Target
 from .export import Export, Progress, export_onnx
 from .inputs import check_inputs
+from .ir.cache.saved import put_back
 from .ir.errors import SmeltError, nearest
 from .ir.program import Program
+from .ir.text import print_program
 from .passes import catalogue
 from .passes.report import Report
 from .runtime import artefact
 from .runtime.bound import Bound, binding
 from .runtime.generate import Decoding, Limits
+from .runtime.prefix import Prefix, Reader
 from .runtime.profile import Timing, profile
 from .runtime.sampling import Sampling
 from .runtime.session import Session
@@ -34,7 +37,7 @@ from .runtime.text import Stream, Tokenizer
 Prompt: TypeAlias = str | Sequence[int] | torch.Tensor
 ROUND = 256  # tokens in which a session's context is counted, so that the next call may take it over
 KEPT = 8  # shapes of inputs whose buffers `run` keeps
-OPTIONS = ("max_new_tokens", "stop", "eos", "speculate", *(field.name for field in fields(Sampling)))
+OPTIONS = ("max_new_tokens", "stop", "eos", "speculate", "prefix", *(field.name for field in fields(Sampling)))
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Compiled:
 
         Options: max_new_tokens (64), temperature (0: greedy), top_k, top_p, min_p, typical_p, repetition_penalty, seed,
         stop (strings), eos (token ids, the model's own by default), speculate (True: use the recipe's drafter; the
-        tokens are the same either way).
+        tokens are the same either way), prefix (what `read` gave: every prompt continues it).
         """
         prompts, single = _as_batch(prompt)
         result = self.complete(prompts, **options)
@@ -199,6 +202,44 @@ class Compiled:
         self._idle = decoding.session
         if text := streams[0].finish():
             yield text
+
+    def read(self, context: Any, sink: str | Sequence[int] | None = None) -> Prefix:
+        """Read a context once, to continue it often: `generate(question, prefix=…)`; text or token ids.
+
+        A list of texts (or of lists of ids) is read in parallel: every piece sees the sink and itself, and what
+        continues sees all (Attention Entropy is a Key Factor, 2024). sink: what stands before the first piece for all
+        of them; by default its first tokens, 4 or as the recipe's step cache.parallel says.
+        """
+        return self._reader.read(context, sink)
+
+    def load_prefix(
+        self,
+        path: str | Path,
+        bandwidth: float | None = None,
+        seconds: float | None = None,
+        speed: float | None = None,
+    ) -> Prefix:
+        """A prefix that `Prefix.save` wrote, with this model and recipe, in this process or another.
+
+        From a file with levels (recipe cachegen) each chunk is taken in the finest quality that lets the whole arrive
+        within `seconds` at `bandwidth` bytes per second; without these, in the finest there is. speed: tokens per
+        second at which this machine reads; with it a chunk may also come as text, to be read again.
+        """
+        return self._reader.load(Path(path), bandwidth, seconds, speed)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        if self.program.cache is None:
+            raise SmeltError(f"{self.program.name} has no cache, so it cannot read ahead: add the step cache.insert")
+        digest = hashlib.sha256(print_program(self.program).encode()).hexdigest()
+        recipe = str((self.facts.get("recipe") or {}).get("name", "unknown"))
+        stamp = {"model": self.program.name, "recipe": recipe, "program": digest}
+        return Reader(self.plan, self._lend, lambda given: self._ids(0, given), self.context, stamp)
+
+    def _lend(self, batch: int, need: int) -> Session:
+        """A session for a call that is over before the next one begins."""
+        self._idle = session = self._session(batch, need)
+        return session
 
     def save(self, folder: str | Path) -> None:
         """Write the artefact folder: program, weights, tokenizer and a manifest of hashes, all at once."""
@@ -244,15 +285,24 @@ class Compiled:
             raise SmeltError(f"generate: max_new_tokens must be a whole number from 1, not {new_tokens!r}")
         if isinstance(prompts, str) or not len(prompts):
             raise SmeltError("generate: give a list of prompts with at least one in it")
-        ids = [self._ids(number, prompt) for number, prompt in enumerate(prompts)]
+        prefix = given.pop("prefix", None)
+        if prefix is not None and not isinstance(prefix, Prefix):
+            raise SmeltError(f"generate: prefix is what `read` or `load_prefix` gave, not a {type(prefix).__name__}")
+        if prefix is not None:
+            self._reader.check(prefix)
+        before = list(prefix.tokens) if prefix is not None else []
+        ids = [before + self._ids(number, prompt) for number, prompt in enumerate(prompts)]
         longest = max(map(len, ids))
         need = longest + new_tokens - 1  # the last token is not read again
-        if need > self.context:
+        if (longest if self._endless else need) > self.context:
+            more = "" if self._endless else f" and {new_tokens} more are asked for"
             raise SmeltError(
-                f"generate: the longest prompt has {longest} tokens and {new_tokens} more are asked for, but the "
-                f"model's context is {self.context}; shorten the prompt or max_new_tokens"
+                f"generate: the longest prompt has {longest} tokens{more}, but the model's context is {self.context}; "
+                f"shorten the prompt{'' if self._endless else ' or max_new_tokens'}"
             )
         session = self._session(len(ids), need)
+        if prefix is not None:
+            put_back(session.cache, prefix.saved)
         decoding = Decoding(session, ids, Sampling(**given), Limits(new_tokens, frozenset(eos)), speculate)
         has_text = self.assets.folder is not None and (self.assets.folder / "tokenizer.json").is_file()
         if stop and not has_text:
@@ -265,7 +315,12 @@ class Compiled:
         if idle is not None and idle.plan is self.plan and idle.cache.batch == batch and idle.cache.capacity >= need:
             idle.cache.restart()
             return idle
-        return Session(self.plan, batch, min(self.context, -(-need // ROUND) * ROUND), self._decoded)
+        room = -(-need // ROUND) * ROUND
+        return Session(self.plan, batch, room if self._endless else min(self.context, room), self._decoded)
+
+    @property
+    def _endless(self) -> bool:
+        return self.program.cache is not None and self.program.cache.endless
 
     def _ids(self, number: int, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -37,6 +37,9 @@ METRICS = {
     "perplexity_ratio": "perplexity over that of the source model",
     "replay_kl": "KL(source || compiled) of the replayed logits, nats",
     "top1": "share of replayed positions where the likeliest token is the source's",
+    "far_perplexity_ratio": "perplexity_ratio, of 128 tokens behind a prompt of 384 (a quarter behind the rest)",
+    "far_kl": "KL(source || compiled) of the same",
+    "far_top1": "top1 of the same",
     "tokens_per_step": "tokens for each run of the model, greedy",
     "tokens_per_step_sampled": "tokens for each run of the model, at temperature 1",
     "tokens_per_second": "decoded tokens, greedy, one request at a time; median of the requests",
@@ -44,6 +47,7 @@ METRICS = {
     "lossless": "1 if requests give the same tokens with and without speculation, greedy and sampled, else 0",
 }
 NEEDS_SOURCE = {"bits_per_weight", "parameters_ratio", "perplexity_ratio", "replay_kl", "top1"}
+NEEDS_SOURCE |= {"far_perplexity_ratio", "far_kl", "far_top1"}
 
 
 @torch.no_grad()
@@ -81,6 +85,11 @@ class Source:
     def logits(self) -> torch.Tensor:
         """As `replay` gives them."""
         return replay(self.compiled.plan, self.text.windows, self.text.prefix)
+
+    @cached_property
+    def far(self) -> torch.Tensor:
+        """The same of the long windows."""
+        return replay(self.compiled.plan, self.text.far, self.text.far_prefix)
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,10 @@ class Meter:
         return replay(self.compiled.plan, self.text.windows, self.text.prefix)
 
     @cached_property
+    def _far(self) -> torch.Tensor:
+        return replay(self.compiled.plan, self.text.far, self.text.far_prefix)
+
+    @cached_property
     def _cache_bytes(self) -> tuple[int, int]:
         """Tokens, and the bytes that a cache of so many holds."""
         length = min(CONTEXT, self.compiled.context)
@@ -217,6 +230,19 @@ class Meter:
 
     def _top1(self) -> float:
         return self.divergence.top1
+
+    def _far_perplexity_ratio(self) -> float:
+        assert self.source is not None
+        after = self.text.far[:, self.text.far_prefix :]
+        return perplexity(self._far, after) / perplexity(self.source.far, after)
+
+    def _far_kl(self) -> float:
+        assert self.source is not None
+        return compare(self.source.far, self._far).kl
+
+    def _far_top1(self) -> float:
+        assert self.source is not None
+        return compare(self.source.far, self._far).top1
 
     def _tokens_per_step(self) -> float:
         return _per_step(self._taken(sampled=False))

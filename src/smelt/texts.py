@@ -11,6 +11,7 @@ import torch
 from .ir.errors import SmeltError
 
 PREFIX, LENGTH = 128, 384  # tokens of a window's prompt, and of the whole window
+FAR, FAR_WINDOWS = 512, 12  # tokens of long windows, of which three quarters are the prompt; and how many
 WINDOWS = 16
 LOGITS = 1 << 27  # values that the logits of all windows may have; a large vocabulary gets fewer windows
 PROMPTS, PROMPT = 6, 64  # prompts of requests, and their tokens
@@ -60,7 +61,10 @@ TRAINING = (
 
 
 class Text:
-    """Held-out text as tokens: windows int64 [N, LENGTH] that are spread over it, and the prompts of requests."""
+    """Held-out text as tokens: windows int64 [N, LENGTH] that are spread over it, and the prompts of requests.
+
+    `far` int64 [N, FAR]: longer windows, in which what a cache does to old tokens can be seen.
+    """
 
     def __init__(self, tokens: Sequence[int], vocabulary: int, context: int) -> None:
         """Raises SmeltError if there are too few tokens for two windows."""
@@ -74,6 +78,11 @@ class Text:
         stride = (len(tokens) - length) // max(1, count - 1)
         self.windows = torch.tensor([tokens[i * stride : i * stride + length] for i in range(count)])
         self.prefix = min(PREFIX, length // 2)
+        far = min(FAR, context, len(tokens))
+        rows = max(1, min(FAR_WINDOWS, len(tokens) // far))
+        stride = (len(tokens) - far) // max(1, rows - 1)
+        self.far = torch.tensor([tokens[i * stride : i * stride + far] for i in range(rows)])
+        self.far_prefix = far * 3 // 4
         self.prompts: list[list[int]] = [row[: min(PROMPT, length // 2)] for row in self.windows[:PROMPTS].tolist()]
 
 
