@@ -2,6 +2,7 @@
 
 python benchmarks/quality.py                          # all recipes on the bundled model
 python benchmarks/quality.py --recipes none finequant --text heldout.txt
+python benchmarks/quality.py --caches                 # recipes of the cache alone, behind longer prompts
 python benchmarks/quality.py --write-readme
 """
 
@@ -27,7 +28,8 @@ from smelt.texts import Text, held_out_text, training_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = 200_000  # bytes of the standard library, about 60 thousand tokens
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+MARKS = "<!-- {}:begin -->", "<!-- {}:end -->"
+CACHE_FAMILIES = ("cache", "attention")
 
 
 def megabytes(count: float) -> str:
@@ -51,6 +53,14 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # header: metric, an
 }
 
 
+CACHES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "bits a cached value": ("measured_bits_per_value", "{:.2f}".format),
+    "perplexity": ("far_perplexity_ratio", lambda value: f"{value - 1:+.2%}"),
+    "KL": ("far_kl", "{:.2g}".format),
+    "same top-1": ("far_top1", "{:.1%}".format),
+}
+
+
 def main() -> int:
     """The exit code is 1 if a recipe does not compile."""
     options = _options()
@@ -60,25 +70,34 @@ def main() -> int:
     text = Text(plain.tokenizer.encode(held_out), int(plain.program.facts["vocabulary"]), plain.context)
     source = Source(plain, text)
     rows: dict[str, dict[str, Any]] = {}
-    for name in options.recipes or [header.name for header in shipped()]:
+    columns, block = (CACHES, "caches") if options.caches else (COLUMNS, "quality")
+    metrics = [metric for metric, _ in CACHES.values()] if options.caches else None
+    for name in options.recipes or _shipped(options.caches):
         print(f"{name} …", file=sys.stderr, flush=True)
-        rows[name] = _row(options.model, name, calibration, source)
-    table = markdown(rows)
+        rows[name] = _row(options.model, name, calibration, source, metrics)
+    table = markdown(rows, columns)
     print(table)
     results = {"date": datetime.date.today().isoformat(), "model": Path(options.model).name, **_machine(), "rows": rows}
     options.results.mkdir(parents=True, exist_ok=True)
-    place = options.results / f"quality-{results['date']}.json"
+    place = options.results / f"{block}-{results['date']}.json"
     place.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {place}", file=sys.stderr)
     if options.write_readme:
-        write_between(ROOT / "README.md", table + "\n\n" + _caption(results))
+        caption = "" if options.caches else "\n\n" + _caption(results)
+        write_between(ROOT / "README.md", table + caption, block)
     return int(any("error" in row for row in rows.values()))
+
+
+def _shipped(caches: bool) -> list[str]:
+    """Recipes of the cache, or all others."""
+    return [header.name for header in shipped() if (header.family in CACHE_FAMILIES) == caches]
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(smelt.reference_model()), help="folder of a transformers model")
-    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="default: all that ship with smelt")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="default: all that ship but those of caches")
+    parser.add_argument("--caches", action="store_true", help="the recipes of caches, measured behind longer prompts")
     parser.add_argument("--text", type=Path, help="held-out text; default: files of the standard library")
     parser.add_argument("--calibration", type=Path, help="text to calibrate and train on; default likewise")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
@@ -86,33 +105,40 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _row(model: str, recipe: str, calibration: Sequence[str], source: Source) -> dict[str, Any]:
+def _row(
+    model: str, recipe: str, calibration: Sequence[str], source: Source, metrics: Sequence[str] | None = None
+) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         compiled = source.compiled if recipe == "none" else smelt.compile(model, recipe, calibration=calibration)
     except smelt.SmeltError as fault:
         return {"error": str(fault)}
     compiled_in = time.perf_counter() - start
-    return {**Meter(compiled, source.text, source).all(), "compile_seconds": compiled_in}
+    meter = Meter(compiled, source.text, source)
+    found = meter.all() if metrics is None else {metric: meter[metric] for metric in metrics}
+    return {**found, "compile_seconds": compiled_in}
 
 
-def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def markdown(
+    rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, Callable[[float], str]]] = COLUMNS
+) -> str:
     """The table in Markdown, a row a recipe; a recipe that failed says why."""
-    lines = [f"| recipe | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
+    lines = [f"| recipe | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for name, row in rows.items():
         failed = row.get("error")
-        cells = [failed] if failed else [show(row[metric]) for metric, show in COLUMNS.values()]
+        cells = [failed] if failed else [show(row[metric]) for metric, show in columns.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def write_between(path: Path, block: str) -> None:
-    """Replace what stands between the two marks of a file."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+def write_between(path: Path, text: str, block: str = "quality") -> None:
+    """Replace what stands between the two marks of a block of a file."""
+    first, last = (mark.format(block) for mark in MARKS)
+    before, begin, rest = path.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"{path} lacks the marks {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
+        raise SystemExit(f"{path} lacks the marks {first} and {last}")
+    path.write_text(f"{before}{first}\n{text}\n{last}{after}")
 
 
 def _machine() -> dict[str, Any]:

@@ -47,10 +47,11 @@ def test_quality_makes_a_row_a_recipe(tmp_path: Path) -> None:
 def test_the_table_goes_between_its_marks(tmp_path: Path) -> None:
     quality = script("quality")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{quality.BEGIN}\nold\n{quality.END}\nafter\n")
+    begin, end = (mark.format("quality") for mark in quality.MARKS)
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for block in ("| new |", "| newer |"):
         quality.write_between(readme, block)
-        assert readme.read_text() == f"before\n{quality.BEGIN}\n{block}\n{quality.END}\nafter\n"
+        assert readme.read_text() == f"before\n{begin}\n{block}\n{end}\nafter\n"
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="marks"):
         quality.write_between(readme, "x")

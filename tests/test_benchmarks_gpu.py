@@ -72,10 +72,10 @@ def parted(printed: str) -> dict[str, str]:
     return {name: text for name, _, text in parts}
 
 
-def run(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
+def run(*words: str, code: str = "", script: str = "gpu.py") -> subprocess.CompletedProcess[str]:
     path = f"{ROOT / 'src'}{os.pathsep}{BENCHMARKS}"
     environment = {**os.environ, "PYTHONPATH": path} | ({"TRITON_INTERPRET": "1"} if code else {})
-    start = [sys.executable, "-c", code] if code else [sys.executable, str(BENCHMARKS / "gpu.py")]
+    start = [sys.executable, "-c", code] if code else [sys.executable, str(BENCHMARKS / script)]
     return subprocess.run([*start, *words], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -107,7 +107,7 @@ for module, name, right, wrong in {mutants!r}:
     else:
         assert right in text
         setattr(module, name, text.replace(right, wrong))
-sys.argv = ["gpu.py", "--interpret", "--sections", {sections!r}]
+sys.argv = [{script!r}, *{words!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
 
@@ -118,10 +118,36 @@ runpy.run_path({script!r}, run_name="__main__")
     ids=["families", "step"],
 )
 def test_a_wrong_kernel_fails_the_run(mutants: list[tuple[str, str, str, str]], sections: str) -> None:
-    done = run(code=WRONG.format(mutants=mutants, sections=sections, script=str(BENCHMARKS / "gpu.py")))
+    done = run(
+        code=WRONG.format(
+            mutants=mutants, words=["--interpret", "--sections", sections], script=str(BENCHMARKS / "gpu.py")
+        )
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     parts = parted(done.stdout)
     assert all("FAILED: error" in parts[section] for section in sections.split(","))
+
+
+@pytest.mark.slow
+def test_decoding_checks_every_recipe_and_runs_its_rivals(tmp_path: Path) -> None:
+    """With a step of both rivals: a cache that grows, and a static one under torch.compile."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    words = ["--interpret", "--folder", str(tmp_path / "model"), "--results", str(tmp_path / "out"), "--rounds", "1"]
+    words += ["--recipes", "none,w4a8", "--prompt-tokens", "5", "--new-tokens", "3"]
+    done = run(*words, script="gpu_decode.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("smelt none", "smelt w4a8", "transformers eager", "transformers compiled"):
+        assert f"{name}: runs" in done.stdout, done.stdout
+    assert "tokens/s" not in done.stdout and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_decoding_refuses_a_recipe_that_is_off(tmp_path: Path) -> None:
+    """Rotary with a wrong sign."""
+    words = ["--interpret", "--folder", str(tmp_path), "--recipes", "none", "--no-rivals", "--prompt-tokens", "5"]
+    done = run(code=WRONG.format(mutants=ROTARY, words=words, script=str(BENCHMARKS / "gpu_decode.py")))
+    assert done.returncode == 1 and "smelt none: error" in done.stdout, done.stdout + done.stderr
+    assert "runs" not in done.stdout
 
 
 @pytest.mark.skipif(CUDA, reason="there is a CUDA device")

@@ -62,7 +62,7 @@ def _plain(settings: Settings, encoding: Encoding, m: int, n: int, k: int, tuned
 
     def ours(tune: bool) -> Entry:
         kernels = TritonProduct(encoding, tune)
-        nbytes = int(encoding.bits((n, k))) / 8 + around
+        nbytes = int(encoding.stored_bits((n, k))) / 8 + around
         good, bad = (launch(kernels, x, n, some) for some in (parts, scaled(parts)))
         return Entry(good, right, bad, nbytes, flops)
 
@@ -96,7 +96,7 @@ def _gated(settings: Settings, m: int, n: int, k: int) -> Makers:
         kernels = TritonProduct(Product(encoding, up=encoding, norm=True, act="silu"), settings.tune)
         good = launch(kernels, x, n, encoded[0], up=encoded[1], gain=gain, eps=1e-5)
         bad = launch(kernels, x, n, scaled(encoded[0]), up=scaled(encoded[1]), gain=gain, eps=1e-5)
-        return Entry(good, right, bad, 2 * int(encoding.bits((n, k))) / 8 + around, flops)
+        return Entry(good, right, bad, 2 * int(encoding.stored_bits((n, k))) / 8 + around, flops)
 
     def dense() -> Entry:
         first, second, weight = gate.bfloat16(), up.bfloat16(), gain.bfloat16()
@@ -141,4 +141,4 @@ def _gemlite(
         output_dtype=DType.FP16,
     )  # fmt: skip
     linear.pack(codes.to(torch.uint8).reshape(n, k), scale, torch.full_like(scale, 8), None)
-    return Entry(lambda: (linear(x),), right, None, int(encoding.bits((n, k))) / 8 + around, flops)
+    return Entry(lambda: (linear(x),), right, None, int(encoding.stored_bits((n, k))) / 8 + around, flops)

@@ -94,7 +94,7 @@ def _rotary(settings: Settings, rows: int, heads: int, groups: int, dim: int) ->
 def _encode(settings: Settings, encoding: Affine, shape: tuple[int, int, int]) -> Makers:
     x = torch.randn(*shape, device=settings.device).to(settings.half)
     want = encoding.encode(x)
-    nbytes = x.numel() * x.element_size() + int(encoding.bits(shape)) / 8
+    nbytes = x.numel() * x.element_size() + int(encoding.stored_bits(shape)) / 8
 
     def launch(given: torch.Tensor) -> Run:
         parts = {name: torch.full_like(part, 255 if part.dtype is torch.uint8 else float("nan"))
