@@ -68,7 +68,7 @@ def replay(program: Program, tokens: torch.Tensor, prefix: int, chunk: int = 1) 
     while at < length:
         new = prefix if at < prefix else min(chunk, length - at, *cache.room())
         span = slice(at, at + new)
-        cache.begin(positions[:, span])
+        cache.begin(positions[:, span], tokens=tokens[:, span])
         logits = interpret(program, {"tokens": tokens[:, span], "positions": positions[:, span]}, cache)["logits"]
         cache.commit([list(range(new))] * batch)
         if at >= prefix:

@@ -87,6 +87,7 @@ class Bound:
         self._leads: dict[fx.Node, tuple[int, ...]] = {}  # of activations that are codes: the shape but for columns
         self._logits = _logits(plan.program.graph, [region for region, _ in plan.regions])
         self.chooser: Chooser | None = None
+        self.alone = True  # whether the calls of a step need nobody to count the cache's tokens between two of them
         self._starts = {region.at: (region, kernel) for region, kernel in plan.regions}
         self._inside = {node: region for region, _ in plan.regions for node in region.nodes}
         _pack(plan)
@@ -303,6 +304,7 @@ class Bound:
         # [B, T, H, E] in memory, so that the transpose behind attention is a view
         out = self._pool.take(_on_meta(node.target, args, self._metas).transpose(1, 2)).transpose(1, 2)
         for made in kernel.attend(self.cache, args, out):
+            self.alone &= isinstance(made, Call)  # the reference counts on the host
             self._note(made, node)
         self._return(spare)
         return out

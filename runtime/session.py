@@ -100,7 +100,7 @@ class Session:
             if new not in self._all:
                 self._all[new] = torch.ones(tokens.shape, dtype=torch.bool)
             valid = self._all[new]
-        self.cache.begin(positions, valid, ancestors)
+        self.cache.begin(positions, valid, ancestors, tokens=tokens)
         bound = self.bound(new, last is not None)
         if bound.last is not None and last is not None:
             bound.last.copy_(last)
@@ -150,7 +150,8 @@ class Session:
     @property
     def chains(self) -> bool:
         """Whether the kernels of a step of one token choose the next one."""
-        return self.bound(1).chooser is not None
+        bound = self.bound(1)
+        return bound.chooser is not None and bound.alone
 
     def bound(self, tokens: int, last: bool = False) -> Bound:
         """The binding of steps of so many new tokens a row; `last`: of which one a row has logits."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import string
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,13 @@ class Tokenizer:
     def bos(self) -> int | None:
         """The id that begins a text, if the model has one; whether `encode` adds it is up to `tokenizer.json`."""
         return next(iter(self._special_ids("bos")), None)
+
+    def classes(self) -> dict[str, list[int]]:
+        """Ids of special tokens, and of those that spell nothing but punctuation."""
+        special = [at for at, token in self.core.get_added_tokens_decoder().items() if token.special]
+        words = {at: self.core.decode([at]).strip() for at in range(self.core.get_vocab_size())}
+        marks = [at for at, word in words.items() if word and not set(word) - set(string.punctuation)]
+        return {"special": sorted(special), "punctuation": sorted(set(marks) - set(special))}
 
     @cached_property
     def core(self) -> tokenizers.Tokenizer:

@@ -50,6 +50,30 @@ RECIPES = {
         "name: r\nfamily: cache\ndoes: x\nsteps:\n- cache.insert\n- cache.insert",
         ["r.yaml:6", "cache.insert#2"],
     ),
+    "a budget of nothing": (
+        "name: r\nfamily: cache\ndoes: x\nsteps:\n- cache.insert\n- cache.retrieve: {budget: 0}",
+        ["r.yaml:6", "cache.retrieve", "a budget of 0 tokens reads nothing"],
+    ),
+    "a budget beyond the context": (
+        "name: r\nfamily: cache\ndoes: x\nsteps:\n- cache.insert\n"
+        "- cache.select: {when: overflow, budget: 4096, skip_layers: []}",
+        ["r.yaml:6", "a budget of 4096 tokens is never exceeded in this model's context of 256"],
+    ),
+    "a group beyond the segment": (
+        "name: r\nfamily: cache\ndoes: x\nsteps:\n- cache.insert\n"
+        "- cache.encode: {keys: {affine: {bits: 8, axis: channel, group: 64}}, tail: 16, page: 64}",
+        ["r.yaml:6", "closes groups of 64 tokens, but the tail keeps 16"],
+    ),
+    "a codebook that does not divide a head": (
+        "name: r\nfamily: cache\ndoes: x\nsteps:\n- cache.insert\n"
+        "- cache.encode: {values: {codebook: {dims: 3, bits: 4, kind: gaussian}}}",
+        ["r.yaml:6", "codebook", "16", "3"],
+    ),
+    "a score that is no weight": (
+        "name: r\nfamily: cache\ndoes: x\nsteps:\n- cache.insert\n"
+        "- cache.select: {when: prompt, keep: 0.5, skip_layers: []}\n- cache.merge: {share: 0.5}",
+        ["r.yaml:7", "no weight for a mean"],
+    ),
     "a gate that fails": (
         "name: r\nfamily: weights\ndoes: x\nsteps:\n- cache.insert\n"
         "- weights.quantize: {bits: 4, gate: {max_kl: 1e-9, otherwise: stop}}",

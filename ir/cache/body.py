@@ -81,9 +81,8 @@ class Body:
         self.refs = torch.zeros(0, dtype=torch.int32)
         self.free: list[int] = []
         self.forecast: Forecast | None = None  # what the layer before says of this one's tokens
-        self.written = 0  # appends so far
-        self._told: dict[int, tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._newest = torch.zeros(0)
+        self._told: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # `plain` of a row and first page
+        self._newest = torch.zeros(0)  # what was foretold of the keys that `append` just stored
         self.moved = False  # whether a buffer has moved since somebody looked
         shape = rows, site.kv_heads
         self.host_table = torch.zeros(*shape, max(1, columns), dtype=torch.int32)
@@ -131,7 +130,8 @@ class Body:
         return self.side.get("bias")
 
     def publish(self, moved: bool = False) -> None:
-        """Show `table` and `held` to kernels; `moved`: their shape changed."""
+        """Show `table` and `held`, which changed, to kernels; `moved`: so did their shape."""
+        self._told.clear()
         self.moved |= moved
         if self.device.type == "cpu":
             self.table, self.held = self.host_table, self.host_held
@@ -205,7 +205,6 @@ class Body:
         self.pages.index_copy_(0, at, torch.stack([fill, positions[:, 0]], 1).to(torch.int32))
         self._sided(at, keys, positions, [f[4] for f in filled])
         self._listed(row, counts, slots)
-        self.written += 1
 
     def _foretold(self, row: int, role: str, at: torch.Tensor, heads: int) -> torch.Tensor:
         """What the previous layer says of the pages [S, cap, dim] that go to slots `at`, the newest of every head."""
@@ -226,17 +225,16 @@ class Body:
 
         What a layer foretells its next one from is remembered until that one has asked.
         """
-        key = first, int(self.host_held[row, 0]), self.written
-        if row in self._told and self._told[row][0] == key:
-            return self._told[row][1]
+        if (row, first) in self._told:
+            return self._told[row, first]
         slots = torch.stack([self._row(row, head)[first:] for head in range(self.site.kv_heads)]).to(self.device)
         keys, values = (self._decoded(role, slots).flatten(1, 2) for role in ("keys", "values"))
         if self.forecast is not None:
             before = self.forecast.previous.plain(row, first)
             keys = keys + self.forecast.of_keys(before[0])
             values = values + self.forecast.of_values(keys, before[1])
-            self.forecast.previous._told.pop(row, None)
-        self._told[row] = key, (keys, values)
+            self.forecast.previous._told.pop((row, first), None)
+        self._told[row, first] = keys, values
         return keys, values
 
     def _unturns(self) -> bool:
@@ -299,13 +297,10 @@ class Body:
 
     def take_rows(self, index: Sequence[int]) -> None:
         """Row i becomes the old row index[i]; rows share pages until one of them lets go."""
-        old_table, old_held = self.host_table, self.host_held
-        rows = list(index)
-        kept = self.refs.clone()
-        self.host_table, self.host_held = old_table[rows].clone(), old_held[rows].clone()
-        self.refs = torch.zeros_like(kept)
+        rows = torch.tensor(list(index), dtype=torch.int64)
+        self.host_table, self.host_held = self.host_table[rows], self.host_held[rows]
         live = torch.arange(self.host_table.shape[2]) < self.host_held[..., None]
-        self.refs.index_add_(0, self.host_table[live].long(), torch.ones(int(live.sum()), dtype=torch.int32))
+        self.refs = torch.bincount(self.host_table[live].long(), minlength=self.slots).int()
         self.free = torch.nonzero(self.refs == 0).flatten().tolist()
         if self.site.compact or self.site.running:  # what these write into pages is of one row alone
             self._part()
@@ -334,14 +329,14 @@ class Body:
             held[real] += mass[head]
             self.side["mass"][slots] = held
 
-    def settle(self, row: int, end: int) -> torch.Tensor:
-        """Give a row's tokens neighbouring positions that end before `end`; returns where each KV head's begin, [G]."""
+    def settle(self, row: int, ends: torch.Tensor) -> torch.Tensor:
+        """Give each KV head's tokens of a row neighbouring positions that end before ends [G]; returns their first."""
         fill = self.pages[:, 0].cpu().long()
-        starts = torch.full((self.site.kv_heads,), end)
+        starts = ends.clone()
         for head in range(self.site.kv_heads):
             slots = self._row(row, head)
             sizes = fill[slots]
-            starts[head] = end - int(sizes.sum())
+            starts[head] -= sizes.sum()
             first = starts[head] + sizes.cumsum(0) - sizes
             self.pages[slots.to(self.device), 1] = first.to(self.device, torch.int32)
         return starts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import sympy
@@ -78,7 +79,7 @@ class Geometry:
         """Whether the tokens of a prompt are chosen together when it ends."""
         return self.select is not None and self.select.when != "page"
 
-    @property
+    @cached_property
     def survivors(self) -> int:
         """Tokens of a page that survive when it leaves the tail, per KV head."""
         if self.select is None or self.select.when != "page":
@@ -87,7 +88,7 @@ class Geometry:
             return 0
         return math.ceil(Fraction(str(self.select.keep)) * self.page)
 
-    @property
+    @cached_property  # asked at every step, and fractions are slow
     def caps(self) -> tuple[int, ...]:
         """Tokens that a page of each body holds."""
         shares = [math.floor(Fraction(str(t.share)) * self.survivors) for t in self.tiers if t.share is not None]
@@ -127,7 +128,10 @@ class Geometry:
     @property
     def places(self) -> bool:
         """Whether the positions of single body tokens are stored: where data decides them, and somebody reads them."""
-        return self.scattered and not self.compact and (self.window is not None or self.frame == "pre")
+        if not self.scattered or self.compact or self.select is None:
+            return False
+        again = self.select.when == "overflow" and self.select.score.by in ("stride", "random")  # who goes by positions
+        return again or self.window is not None or self.frame == "pre"
 
     @property
     def endless(self) -> bool:

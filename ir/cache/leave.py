@@ -9,7 +9,7 @@ import torch
 
 from ..errors import SmeltError
 from .body import Body, Tokens
-from .choose import adaptive, centers, choose
+from .choose import adaptive, choose
 from .merge import merge
 from .policy import profile
 from .score import column_mass, scores
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 Chosen = Sequence[torch.Tensor]  # for each KV head the survivors' indices, ascending
 
 
-def arrive(segments: Segments, row: int, slots: slice, first: int, used: int, prompt: bool) -> None:
+def arrive(
+    segments: Segments, row: int, slots: slice, first: int, used: int, prompt: bool, ids: Sequence[int] = ()
+) -> None:
     """Store in the bodies what survives of the tail's `slots`, whose tokens stand at positions `first` and later.
 
-    `used`: tokens that the tail holds now. `prompt`: choose from all of them together.
+    `used`: tokens that the tail holds now. `prompt`: choose from all of them together. `ids`: of a prompt's tokens.
     """
     site = segments.site
     if site.running:
@@ -34,7 +36,7 @@ def arrive(segments: Segments, row: int, slots: slice, first: int, used: int, pr
     positions = torch.arange(first, first + slots.stop - slots.start, device=segments.tail_k.device)
     try:
         if prompt:
-            _prompt(segments, row, slots, positions, used)
+            _prompt(segments, row, slots, positions, used, ids)
         elif site.select is not None and site.select.when == "overflow":
             _overflow(segments, row, slots, positions)
         else:
@@ -53,7 +55,7 @@ def _pages(segments: Segments, row: int, slots: slice, first: int, used: int) ->
     span = slice(slots.start + skip * site.page, slots.stop)
     keys, values = segments.tail_k[row, :, span], segments.tail_v[row, :, span]
     paged = keys.unflatten(1, (pages - skip, site.page))
-    given = _score_of_tail(segments, row, span, used) if len(bodies) > 1 and not site.hold else None
+    given = _score_of_tail(segments, row, span, used) if site.kept < site.page else None
     left = first + skip * site.page
     positions = torch.arange(left, first + pages * site.page, device=keys.device)
     for body, chosen in zip(bodies, survivors(site, paged, values, left, given), strict=False):
@@ -128,44 +130,42 @@ def _score_of_tail(segments: Segments, row: int, span: slice, used: int) -> torc
     return found[:, span]
 
 
-def _prompt(segments: Segments, row: int, slots: slice, positions: torch.Tensor, used: int) -> None:
+def _prompt(segments: Segments, row: int, slots: slice, positions: torch.Tensor, used: int, ids: Sequence[int]) -> None:
     """Choose among all of a prompt but sinks and tail, and share the survivors out to the bodies."""
     site, select = segments.site, segments.site.select
     assert select is not None
     keys, values = segments.tail_k[row, :, slots], segments.tail_v[row, :, slots]
+    count = site.survive(len(positions))
     if segments.tail_mass is not None:
         found = segments.tail_mass[row, :, slots]
     else:
-        given = _score_of_tail(segments, row, slots, used)
-        if select.score.by == "centers":  # found by their own search, and ranked by nothing
-            given = torch.zeros(keys.shape[:2])
-        found = scores(select.score, keys, values, positions) if given is None else given
-    count = site.survive(len(positions))
+        given = _score_of_tail(segments, row, slots, used) if select.score.by == "attention" else None
+        found = scores(select.score, keys, values, positions, count=count) if given is None else given
     if select.policy is not None:
-        chosen: Chosen = _profiled(segments, row, slots, used)
-    elif select.score.by == "centers":
-        chosen = centers(keys, count)
+        chosen: Chosen = _profiled(segments, row, slots, used, ids)
     else:
         chosen = choose(found, adaptive(found, count, select.floor) if select.heads == "adaptive" else count)
-    merged: list[torch.Tensor | None] = [None] * len(chosen)
+    bias = None
     if site.merge is not None:
-        keys, values, merged = _merged(site, keys, values, positions, found, chosen)
-    parts = _parted(found, chosen, site.parted(count)) if len(segments.bodies) > 1 else [chosen]
-    for body, of_body in zip(segments.bodies, parts, strict=True):
+        keys, values, bias = _merged(site, keys, values, positions, found, chosen)
+    for body, of_body in zip(segments.bodies, _parted(site, found, chosen), strict=True):
         heads = _picked(keys, values, positions, of_body)
         if site.running:
             heads = [t._replace(mass=found[g, index]) for g, (t, index) in enumerate(zip(heads, of_body, strict=True))]
-        if site.merge is not None:
-            heads = [tokens._replace(bias=bias) for tokens, bias in zip(heads, merged, strict=True)]
+        if bias is not None:
+            heads = [t._replace(bias=bias[g, index]) for g, (t, index) in enumerate(zip(heads, of_body, strict=True))]
         body.append(row, heads)
 
 
-def _profiled(segments: Segments, row: int, slots: slice, used: int) -> Chosen:
+def _profiled(segments: Segments, row: int, slots: slice, used: int, ids: Sequence[int]) -> Chosen:
     """The candidates among the tail's `slots` that the policy of each KV head keeps."""
     site, select = segments.site, segments.site.select
     assert select is not None and select.policy is not None and segments.tail_q is not None
     at = torch.arange(used, device=segments.tail_k.device)
-    special, punctuation = (at < site.sink), torch.zeros_like(at, dtype=torch.bool)
+    policy = select.policy
+    known = torch.tensor(ids if len(ids) == used else [-1] * used, device=at.device)
+    special = (at < site.sink) | torch.isin(known, torch.tensor(policy.special, dtype=torch.int64, device=at.device))
+    punctuation = torch.isin(known, torch.tensor(policy.punctuation, dtype=torch.int64, device=at.device))
     found = profile(
         select.policy, segments.tail_q[row, :, :used], segments.tail_k[row, :, :used], at, at, special, punctuation,
         site.attention_scale, always=site.tail or 0, window=site.window, softcap=site.softcap,
@@ -173,26 +173,23 @@ def _profiled(segments: Segments, row: int, slots: slice, used: int) -> Chosen:
     return [h.kept[(h.kept >= slots.start) & (h.kept < slots.stop)] - slots.start for h in found]
 
 
-def _parted(found: torch.Tensor, chosen: Chosen, counts: Sequence[int]) -> list[Chosen]:
+def _parted(site: Site, found: torch.Tensor, chosen: Chosen) -> list[Chosen]:
     """Each head's survivors for each body, the best for the first, in position order."""
+    if len(site.caps) == 1:
+        return [chosen]
     ranked = [index[found[head, index].argsort(descending=True, stable=True)] for head, index in enumerate(chosen)]
-    out: list[Chosen] = []
-    start = 0
-    for count in counts:
-        out.append([order[start : start + count].sort().values for order in ranked])
-        start += count
-    return out
+    shared = [order.split(site.parted(len(order))) for order in ranked]
+    return [[part.sort().values for part in of_body] for of_body in zip(*shared, strict=True)]
 
 
 def _merged(
     site: Site, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, found: torch.Tensor, chosen: Chosen
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-    """Keys and values with what the best of the others added to the survivors, and the survivors' biases."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values with what the best of the others added to the survivors, and the survivors' biases [G, n]."""
     assert site.merge is not None
     turns = site.rope is not None and not site.merge.values_only
     plain = site.rope.turn(keys.float(), -positions) if turns and site.rope else keys.float()
-    biases: list[torch.Tensor | None] = []
-    new_keys, new_values = plain.clone(), values.float().clone()
+    new_keys, new_values, bias = plain.clone(), values.float().clone(), torch.zeros_like(found)
     for head, kept in enumerate(chosen):
         others = torch.ones(keys.shape[1], dtype=torch.bool, device=keys.device)
         others[kept] = False
@@ -202,10 +199,9 @@ def _merged(
             plain[head], values[head].float(), found[head], kept, best.sort().values,
             threshold=site.merge.threshold, values_only=site.merge.values_only,
         )  # fmt: skip
-        new_keys[head, kept], new_values[head, kept] = made.keys, made.values
-        biases.append(made.bias)
+        new_keys[head, kept], new_values[head, kept], bias[head, kept] = made.keys, made.values, made.bias
     back = site.rope.turn(new_keys, positions) if turns and site.rope else new_keys
-    return back, new_values, biases
+    return back, new_values, bias
 
 
 def _overflow(segments: Segments, row: int, slots: slice, positions: torch.Tensor) -> None:

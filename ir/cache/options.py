@@ -51,6 +51,8 @@ class Tier:
             raise SmeltError(f"tier: share is a fraction between 0 and 1, not {self.share}")
         if self.budget is not None and self.budget < 1:
             raise SmeltError(f"tier: a budget of {self.budget} tokens holds nothing; leave the tier out")
+        if self.share is not None and self.budget is not None:
+            raise SmeltError("tier: a share goes by score and a budget by age: leave one of the two out")
 
 
 @dataclass(frozen=True)

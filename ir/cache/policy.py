@@ -23,15 +23,19 @@ class Policy:
     head of the KV head. The paper's test compares entries of two softmax maps; the lost mass 1 - e^(l_kept - l) needs
     two sums per query instead. `frequent` and `local`: shares of the prompt, rounded up. The defaults 0.95 and 0.3 are
     not verified against the paper. `queries`: newest queries that are asked (None: all; they count as profile only, the
-    frequent tokens are those of the same queries).
+    frequent tokens are those of the same queries). `special`, `punctuation`: token ids of these classes.
     """
 
     recover: float = 0.95
     frequent: float = 0.3
     local: float = 0.3
     queries: int | None = None
+    special: tuple[int, ...] = ()
+    punctuation: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("special", "punctuation"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
         for name in ("recover", "frequent", "local"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise SmeltError(f"policy: {name} is a share between 0 and 1, not {getattr(self, name)}")

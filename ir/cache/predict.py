@@ -24,6 +24,13 @@ def merged(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).flatten(1)
 
 
+def foretold(x: torch.Tensor, weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """[G, n, D] from x [n, K] by a map weight [K + 1, G · D], whose last row is a constant."""
+    weight = weight.float()
+    out: torch.Tensor = (x.float() @ weight[:-1] + weight[-1]).unflatten(1, (heads, -1))
+    return out.transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """The maps of a layer: `keys` [G · D + 1, G · D], `values` [G · D + G · E + 1, G · E]; constants stand last."""
@@ -37,16 +44,11 @@ class Forecast:
 
     def of_keys(self, before: torch.Tensor) -> torch.Tensor:
         """Keys [G, n, D] from those of the previous layer."""
-        return self._mapped(merged(before), "keys", before.shape[0])
+        return foretold(merged(before), self.maps["keys"], before.shape[0])
 
     def of_values(self, keys: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Values [G, n, E] from the layer's own keys and the previous layer's values."""
-        return self._mapped(torch.cat([merged(keys), merged(before)], 1), "values", keys.shape[0])
-
-    def _mapped(self, x: torch.Tensor, role: str, heads: int) -> torch.Tensor:
-        weight = self.maps[role].float()
-        out: torch.Tensor = (x.float() @ weight[:-1] + weight[-1]).unflatten(1, (heads, -1))
-        return out.transpose(0, 1)
+        return foretold(torch.cat([merged(keys), merged(before)], 1), self.maps["values"], keys.shape[0])
 
 
 def fitted(x: torch.Tensor, y: torch.Tensor, damp: float) -> torch.Tensor:

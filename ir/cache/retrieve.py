@@ -26,8 +26,7 @@ def retrieved(cache: Cache, layer: int, row: int, q: torch.Tensor, reads: list[R
         return reads
     at = 1 if site.sink else 0  # behind the sinks, which stand in front once anything has left the tail
     read = reads[at]
-    if site.retrieve is None:
-        return reads
+    assert site.retrieve is not None
     if site.retrieve.by == "pages":
         seen = best_pages(site, body, row, q)
     elif site.retrieve.by == "reuse":

@@ -139,15 +139,15 @@ class Segments:
         if self.tail_mass is not None:
             self.tail_mass[row] = 0
 
-    def leave(self, row: int, before: int, after: int, tail: int, prompt: bool) -> None:
+    def leave(self, row: int, before: int, after: int, tail: int, prompt: bool, ids: Sequence[int] = ()) -> None:
         """Let tokens `before` … `after - 1` behind the sinks leave a row's tail, of which `tail` tokens remain.
 
-        `prompt`: they are what a prompt leaves when it ends, to be chosen from together.
+        `prompt`: they are what a prompt leaves when it ends, to be chosen from together. `ids`: of the prompt's tokens.
         """
         site = self.site
         start = 0 if before else site.sink  # until the first page leaves, the sinks stand before it in the tail
         end = start + after - before
-        arrive(self, row, slice(start, end), site.sink + before, end + tail, prompt)
+        arrive(self, row, slice(start, end), site.sink + before, end + tail, prompt, ids)
         if not before:
             self._sinks(row)
         for name, buffer in self._tails.items():
@@ -170,8 +170,8 @@ class Segments:
         """Body and sinks stand right in front of the tail, which begins at position `end`."""
         assert self.sink_at is not None
         starts = torch.full((self.site.kv_heads,), end)
-        for body in self.bodies:
-            starts = body.settle(row, end)
+        for body in self.bodies:  # the newest tokens first: the tier below stands in front of what it took over
+            starts = body.settle(row, starts)
         self.sink_at[row] = (starts - self.site.sink).to(self.sink_at)
 
     def read(self, row: int, length: int, counts: Counts, at: torch.Tensor) -> list[Read]:

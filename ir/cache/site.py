@@ -32,8 +32,7 @@ class Site(Geometry):
     `frame`: `pre` stores body keys as they were before their rotation by `rope`, and turns them when they are read.
     `compact`: positions are those within the cache: body tokens stand right in front of the tail, sinks before them.
     `merge`, `predict`, `retrieve`, `code`, `hyper`: see their classes. `score`: for a selection to come. `scale`,
-    `softcap`: of the attention, for scores. `schedule`: how workers divide a step, by free
-    chunks or equal runs.
+    `softcap`: of the attention, for scores. `schedule`: how workers divide a step, by free chunks or equal runs.
     """
 
     def __post_init__(self) -> None:
@@ -66,6 +65,9 @@ class Site(Geometry):
         yield from self._choice_faults()
         yield from self._frame_faults()
         for number, cap in enumerate(self.caps if self.kept else ()):
+            if not cap:
+                yield f"tier {number} gets less than one of {self.survivors} tokens of a page: raise its share, or page"
+                return
             for role in ("keys", "values"):
                 yield from self._encoding_faults(role, self.encodings[number][role == "values"], cap)
 
@@ -83,6 +85,10 @@ class Site(Geometry):
             yield "tiers that share tokens need a score to sort them by: put cache.select in front"
         if shares and budget is not None:
             yield "a budget and tiers that share tokens do not go together: lower keep instead"
+        if shares and self.hold is not None:
+            yield "hold is for tiers by age, and these share tokens by score: leave hold out"
+        if small := [tier.budget for tier in self.tiers if tier.budget is not None and tier.budget < self.page]:
+            yield f"a tier's budget of {small[0]} tokens does not hold one page of {self.page}: raise it, or lower page"
         if self.tiers and not shares and (select is not None or self.hold is None):
             yield "tiers by age need `hold`, the tokens of the first body, and no selection"
         if self.hold is not None and (self.hold < self.page or not self.tiers):
@@ -117,8 +123,12 @@ class Site(Geometry):
                 "a forecast from the layer before needs the same tokens in every layer, all of them read: leave out "
                 "selection, tiers, retrieval and compact, or cache.predict"
             )
+        if self.compact and any(tier.share is not None for tier in self.tiers):
+            yield "compact keeps tokens in their order, which tiers that share them by score mix: leave one out"
         if self.retrieve is None:
             return
+        if not self.kept:
+            yield "reading a part of the body needs one, and nothing survives beyond the tail: leave cache.retrieve out"
         if self.retrieve.by == "pages" and self.retrieve.budget < self.kept:
             yield f"a budget of {self.retrieve.budget} tokens does not read one page of {self.kept}"
         if len(self.caps) > 1:
@@ -158,7 +168,7 @@ class Site(Geometry):
         tiers = [{**tier, **{r: _encoding(tier.get(r)) for r in ("keys", "values")}} for tier in data.get("tiers", ())]
         read["tiers"] = tuple(Tier(**tier) for tier in tiers)
         if select := data.get("select"):
-            policy = Policy(**select["policy"]) if select.get("policy") else None
+            policy = Policy(**select["policy"]) if select.get("policy") is not None else None
             score = select["score"]
             told = score if isinstance(score, str) else Score(**score)
             read["select"] = Select(**{**select, "score": told, "policy": policy})

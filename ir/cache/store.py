@@ -52,11 +52,11 @@ class Cache:
         self.lengths = [0] * batch
         self.prompts = [0] * batch
         self.step: Step | None = None
+        self.ids: list[list[int]] = [[] for _ in range(batch)]  # of the prompts, as far as they were told
+        self._new: list[list[int]] | None = None
         self.segments: dict[int, Segments] = {}
         self._turns: dict[Rope, torch.Tensor] = {}
-        self.picked: dict[
-            tuple[int, int], torch.Tensor
-        ] = {}  # of a step: by layer and row, the body tokens that are read
+        self.picked: dict[tuple[int, int], torch.Tensor] = {}  # of a step, by layer and row: what is read of the body
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._schedule_of: dict[int, Schedule] = {}
         for site in plan.sites:
@@ -69,6 +69,7 @@ class Cache:
             schedule.members.append(segments)
             self._schedule_of[site.layer] = schedule
         self._foresee()
+        self._check_lists()
 
     @property
     def batch(self) -> int:
@@ -81,10 +82,30 @@ class Cache:
         for site in self.plan.sites:
             bodies = self.segments[site.layer].bodies
             if site.predict is not None and not site.predict.first:
-                assert before is not None
+                if before is None:
+                    raise SmeltError(
+                        f"layer {site.layer} stores what a forecast misses, but no encoded layer is before it: run "
+                        "cache.predict again"
+                    )
                 maps = {n: m.to(self.device) for n, m in self.plan.tables_of(site.layer, 0)["predict"].items()}
                 bodies[0].forecast = Forecast(before, maps)
             before = bodies[0] if bodies else None
+
+    def _check_lists(self) -> None:
+        """Every list that a layer reuses must be made in front of it, of a body of the same tokens."""
+        makers: dict[int | None, Site] = {}
+        for site in self.plan.sites:
+            if site.retrieve is not None and site.retrieve.by == "reuse":
+                maker = makers.get(site.retrieve.source)
+                same = maker is not None and maker.kv_heads == site.kv_heads
+                if maker is None or not same or self._schedule_of[maker.layer] is not self._schedule_of[site.layer]:
+                    raise SmeltError(
+                        f"layer {site.layer} reads the list of layer {site.retrieve.source}, which must be one in "
+                        "front that scans, with the same KV heads, sink, tail and page: put cache.retrieve last, or "
+                        "name another layer"
+                    )
+            elif site.retrieve is not None and site.retrieve.by != "pages":
+                makers[site.layer] = site
 
     @property
     def empty(self) -> bool:
@@ -142,6 +163,7 @@ class Cache:
         valid: torch.Tensor | None = None,
         ancestors: torch.Tensor | None = None,
         room: int = 0,
+        tokens: torch.Tensor | None = None,
     ) -> None:
         """Announce a step of T new tokens a row; what an unfinished step wrote is dropped.
 
@@ -149,6 +171,7 @@ class Cache:
         tokens of a row continue it, and query i sees every stored token and the new tokens up to its own position.
         `ancestors` bool [T, T] or [B, T, T]: a tree, in which i sees every stored token and exactly the new tokens j
         with ancestors[i, j], and itself. `room`: slots to hold ready where kernels take so many steps before `advance`.
+        `tokens` int64 [B, T]: ids, which policies by class look at when a prompt ends.
         """
         if positions.shape[:1] != (self.batch,) or positions.dim() != 2:
             raise ValueError(f"positions must be [{self.batch}, T], not {list(positions.shape)}")
@@ -158,6 +181,7 @@ class Cache:
         self._reserve(max(positions.shape[1], room))
         self.picked.clear()
         self.step = Step(positions.contiguous(), valid, ancestors)
+        self._new = tokens.tolist() if tokens is not None and self.prefilling else None
 
     def _check_continues(self, positions: torch.Tensor, valid: torch.Tensor) -> None:
         """Every valid token must stand right behind the row's last one, within the context."""
@@ -270,6 +294,8 @@ class Cache:
         if max(kept) >= new:
             raise ValueError(f"row {row}: cannot commit new token {max(kept)} of a step of {new}")
         self._check_fits(row, length)
+        if self._new is not None:
+            self.ids[row] += [self._new[row][i] for i in kept]
         if kept != list(range(len(kept))):
             for schedule in self._schedules.values():
                 for segments in schedule.members:
@@ -297,7 +323,7 @@ class Cache:
         site = schedule.site
         prompt = site.at_prompt and not before and self.prompts[row] > site.sink + (site.tail or 0)
         for segments in schedule.members:
-            segments.leave(row, *left, tail, prompt)
+            segments.leave(row, *left, tail, prompt, self.ids[row])
             for body in segments.bodies:
                 if body.moved:
                     body.moved = False
@@ -305,7 +331,7 @@ class Cache:
 
     def restart(self) -> None:
         """Forget every token; buffers stay."""
-        self.lengths, self.prompts = [0] * self.batch, [0] * self.batch
+        self.lengths, self.prompts, self.ids = [0] * self.batch, [0] * self.batch, [[] for _ in self.lengths]
         self.prefilling, self.step = True, None
         for schedule in self._schedules.values():
             for row in range(self.batch):
@@ -336,7 +362,7 @@ class Cache:
             for segments in schedule.members:
                 segments.take_rows(list(indices), index)
         self.lengths = [self.lengths[i] for i in indices]
-        self.prompts = [self.prompts[i] for i in indices]
+        self.prompts, self.ids = [self.prompts[i] for i in indices], [list(self.ids[i]) for i in indices]
         self.step = None
         self.generation += 1
 

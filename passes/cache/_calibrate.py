@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from ...ir.cache import CachePlan, Site
+from ...ir.errors import SmeltError
 from ...ir.interpret import interpret
 from ...ir.ops.attention import attention
 from ...ir.program import Program
@@ -23,6 +24,15 @@ class Written:
 
     x: torch.Tensor
     weight: torch.Tensor
+
+    def paged(self, page: int) -> Written:
+        """Without the last tokens, which fill no page: encodings may join the tokens of one."""
+        whole = self.x.shape[1] // page * page
+        if not whole:
+            raise SmeltError(
+                f"the samples leave {self.x.shape[1]} tokens behind the sinks, fewer than a page of {page}: give more"
+            )
+        return Written(self.x[:, :whole], self.weight[:, :whole])
 
 
 @dataclass
@@ -102,6 +112,6 @@ def tables(sites: list[Site], noted: dict[tuple[int, str], Written], number: int
             if not encoding.calibrated:
                 continue
             lead = f"{site.layer}.{role}" if not number else f"{site.layer}.{role}.{number}"
-            data = noted[site.layer, role]
+            data = noted[site.layer, role].paged(site.caps[number])
             out |= {f"{lead}.{part}": table for part, table in encoding.fit(data.x, data.weight).items()}
     return out

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from ...ir import cache
-from ...ir.cache.predict import fitted, merged
+from ...ir.cache.predict import fitted, foretold, merged
 from ...ir.encoding import Encoding
 from ...ir.errors import SmeltError
 from ...ir.program import Program
@@ -27,9 +27,10 @@ class Predict(Pass):
     damp: of the ridge regression, relative to the mean of its diagonal.
 
     The maps are fitted layer by layer to what the encodings in front of this step leave of the layer before, so that
-    they see the errors that they will see. They take d² + d numbers for keys and 2 d² + d for values of a layer of d
-    numbers, which the report counts. Reading takes 6 d² operations a token and layer: this saves memory, not time, and
-    no kernel does it; attention falls back to its reference.
+    they see the errors that they will see; tables of encodings are fitted again, to what the forecast misses. The maps
+    take d² + d numbers for keys and 2 d² + d for values of a layer of d numbers, which the report counts. Reading takes
+    6 d² operations a token and layer: this saves memory, not time, and no kernel does it; attention falls back to its
+    reference.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -61,7 +62,7 @@ class Predict(Pass):
         shapes = {(s.kv_heads, s.key_dim, s.value_dim, s.sink, s.tail, s.page) for s in sites}
         if len(shapes) > 1:
             yield f"all layers must have one shape and let the same pages go, but have {len(shapes)} kinds"
-        yield from faults(sites, self._predicted)
+        yield from faults(sites, self._predicted(sites))
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Fit the maps in the order of layers, and note by how much each forecast shrinks what is stored."""
@@ -71,44 +72,43 @@ class Predict(Pass):
         gains: dict[str, float] = {}
         keys, values = None, None
         for site in sites:
-            k, v = found[site.layer, "keys"].x, found[site.layer, "values"].x
+            data = {role: found[site.layer, role].paged(site.page) for role in ("keys", "values")}
+            k, v = data["keys"].x, data["values"].x
             told_k, told_v = torch.zeros_like(k), torch.zeros_like(v)
-            own = self._tables(program.cache, site)
             if keys is not None and values is not None:
                 tables[f"{site.layer}.predict.keys"] = by_keys = fitted(merged(keys), merged(k), self.damp).half()
-                told_k = _mapped(merged(keys), by_keys, site.kv_heads)
-            stored_k = told_k + _stored(site.key_encoding, k - told_k, site.page, own["keys"])
+                told_k = foretold(merged(keys), by_keys, site.kv_heads)
+            own = site.key_encoding.fit(k - told_k, data["keys"].weight)
+            tables |= _named(site, "keys", own)
+            stored_k = told_k + _stored(site.key_encoding, k - told_k, site.page, own)
             if keys is not None and values is not None:
                 seen = torch.cat([merged(stored_k), merged(values)], 1)
                 tables[f"{site.layer}.predict.values"] = by_values = fitted(seen, merged(v), self.damp).half()
-                told_v = _mapped(seen, by_values, site.kv_heads)
+                told_v = foretold(seen, by_values, site.kv_heads)
                 gains[f"layer {site.layer}"] = round(_bits(k, told_k) / 2 + _bits(v, told_v) / 2, 3)
-            keys, values = stored_k, told_v + _stored(site.value_encoding, v - told_v, site.page, own["values"])
-        program.cache = changed(program.cache, sites, self._predicted).with_tables(tables)
+            own = site.value_encoding.fit(v - told_v, data["values"].weight)
+            tables |= _named(site, "values", own)
+            keys, values = stored_k, told_v + _stored(site.value_encoding, v - told_v, site.page, own)
+        program.cache = changed(program.cache, sites, self._predicted(sites)).with_tables(tables)
         program.touch("cache")
         return Outcome(tuple(f"layer {site.layer}" for site in sites), {}, {"bits saved by the forecast": gains})
 
-    def _predicted(self, site: cache.Site) -> cache.Site:
-        return replace(site, predict=cache.Predict(first=site.layer == 0))
+    def _predicted(self, sites: tuple[cache.Site, ...]) -> Callable[[cache.Site], cache.Site]:
+        return lambda site: replace(site, predict=cache.Predict(first=site.layer == sites[0].layer))
 
-    def _tables(self, plan: cache.CachePlan, site: cache.Site) -> dict[str, dict[str, torch.Tensor]]:
-        return {role: dict(parts) for role, parts in plan.tables_of(site.layer, 0).items()}
+
+def _named(site: cache.Site, role: str, tables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tables of an encoding as a plan holds them: those that come from data."""
+    encoding = site.key_encoding if role == "keys" else site.value_encoding
+    return {f"{site.layer}.{role}.{part}": table for part, table in tables.items()} if encoding.calibrated else {}
 
 
 def _stored(encoding: Encoding, x: torch.Tensor, page: int, tables: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What x [G, n, D] becomes when it is stored by pages; what does not fill one stays as it is."""
-    whole = x.shape[1] // page * page
-    pages = x[:, :whole].unflatten(1, (-1, page))
+    """What x [G, n, D], which fills whole pages, becomes when it is stored."""
+    pages = x.unflatten(1, (-1, page))
     spread = {name: table[:, None] for name, table in tables.items()}
     parts = encoding.encode(pages, spread) if spread else encoding.encode(pages)
-    decoded = encoding.decode({**parts, **spread}, tuple(pages.shape))
-    return torch.cat([decoded.flatten(1, 2), x[:, whole:].float()], 1)
-
-
-def _mapped(x: torch.Tensor, weight: torch.Tensor, heads: int) -> torch.Tensor:
-    weight = weight.float()
-    out: torch.Tensor = (x.float() @ weight[:-1] + weight[-1]).unflatten(1, (heads, -1))
-    return out.transpose(0, 1)
+    return encoding.decode({**parts, **spread}, tuple(pages.shape)).flatten(1, 2)
 
 
 def _bits(x: torch.Tensor, told: torch.Tensor) -> float:

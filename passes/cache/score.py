@@ -54,7 +54,7 @@ class Score(Pass):
         return cache.Score(**{name: getattr(self, name) for name in cache.Score.__dataclass_fields__})
 
     def requires(self, program: Program) -> Iterator[str]:
-        """A cache plan whose sites are not selected from yet."""
+        """A cache plan whose sites have no score and are not selected from yet."""
         yield from cached_decoder(program)
         if program.cache is None:
             return
@@ -63,6 +63,12 @@ class Score(Pass):
                 yield (
                     f"layer {site.layer} already selects by {site.select.score.by}{program.changed_by('cache')}: "
                     "put cache.score in front of cache.select"
+                )
+                return
+            if site.score is not None:
+                yield (
+                    f"layer {site.layer} already has a score by {site.score.by}{program.changed_by('cache')}: keep one "
+                    "of the two steps"
                 )
                 return
 

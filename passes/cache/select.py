@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
@@ -97,6 +97,13 @@ class Select(Pass):
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Set the selection of every site that is not skipped."""
+        assert program.cache is not None
+        if self.policy is not None and not (self.policy.special or self.policy.punctuation):
+            classes: dict[str, Any] = {name: tuple(ids) for name, ids in program.facts.pop("token_classes", {}).items()}
+            return replace(self, policy=replace(self.policy, **classes))._applied(program)
+        return self._applied(program)
+
+    def _applied(self, program: Program) -> Outcome:
         assert program.cache is not None
         sites = self._sites(program.cache)
         skipped = {f"layer {site.layer}": "named in skip_layers" for site in program.cache.sites if site not in sites}

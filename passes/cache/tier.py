@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ...ir import cache
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from .._contracts import cached_decoder
 from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._calibrate import tables, written
 from ._sites import changed, faults
 
 
@@ -33,6 +34,12 @@ class Tier(Pass):
         if not self.tiers:
             raise SmeltError("give at least one tier, such as {share: 0.4, keys: …, values: …}")
 
+    @property
+    def calibration(self) -> Literal["none", "text"]:  # type: ignore[override]  # what is needed depends on the options
+        """Text where an encoding has tables that come from data."""
+        held = (encoding for tier in self.tiers for encoding in (tier.keys, tier.values))
+        return "text" if any(encoding is not None and encoding.calibrated for encoding in held) else "none"
+
     def requires(self, program: Program) -> Iterator[str]:
         """Sites with pages and without tiers; tiers by score need a selection."""
         yield from cached_decoder(program)
@@ -53,6 +60,11 @@ class Tier(Pass):
         sites = [site for site in program.cache.sites if site.kept]
         skipped = {f"layer {s.layer}": "nothing outlives its tail" for s in program.cache.sites if not s.kept}
         program.cache = changed(program.cache, sites, self._tiered)
+        if self.calibration == "text":
+            assert samples is not None
+            kept, data = [program.cache[site.layer] for site in sites], written(program, samples)
+            for number in range(1, 1 + len(self.tiers)):
+                program.cache = program.cache.with_tables(tables(kept, data, number))
         program.touch("cache")
         return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped)
 

@@ -23,7 +23,7 @@ class Transform(Pass):
     compact: positions are those within the cache: what is stored stands right in front of the tail, without gaps.
 
     A rotation is orthogonal, so that frame: pre alone changes nothing but rounding. Models without rotary positions
-    have one frame; there frame: pre does nothing, and compact is refused where positions were added to the activations.
+    have one frame, and are refused.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -48,13 +48,18 @@ class Transform(Pass):
                     "model are learned or built in another way, so that its keys have one frame"
                 )
                 return
-            for role, encoding in (("keys", site.keys),):
-                if encoding is not None:
-                    yield (
-                        f"the frame must be chosen before {role} of layer {site.layer} are encoded"
-                        f"{program.changed_by('cache')}: move cache.transform in front"
-                    )
-                    return
+            if site.frame == "pre":
+                yield (
+                    f"layer {site.layer} already stores keys un-rotated{program.changed_by('cache')}: put both into "
+                    "one cache.transform"
+                )
+                return
+            if site.keys is not None or any(tier.keys is not None for tier in site.tiers):
+                yield (
+                    f"the frame must be chosen before keys of layer {site.layer} are encoded"
+                    f"{program.changed_by('cache')}: move cache.transform in front"
+                )
+                return
         yield from faults(program.cache.sites, self._framed)
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:

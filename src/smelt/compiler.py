@@ -73,6 +73,9 @@ def compile(
     if assets.folder is not None and program.facts.get("kind") == "decoder":
         # what generation_config.json or the tokenizer names goes before the model's own configuration
         program.facts["eos"] = list(Tokenizer(assets.folder).eos) or program.facts.get("eos") or []
+        spelled = (assets.folder / "tokenizer.json").is_file()
+        if spelled and any(getattr(step.pass_, "policy", None) is not None for step in resolved.steps):
+            program.facts["token_classes"] = Tokenizer(assets.folder).classes()
     samples = _samples(calibration, assets.folder, program.facts)
     result = run(program, resolved.steps, samples, listen or ignore, stop_after)
     facts = {"recipe": resolved.to_dict(), "recipe_digest": resolved.digest()}

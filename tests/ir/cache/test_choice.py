@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smelt.ir.cache import Cache, CachePlan, Merge, Policy, Retrieve, Rope, Score, Select, Site, Tier
+from smelt.ir.cache import Cache, CachePlan, Merge, Policy, Predict, Retrieve, Rope, Score, Select, Site, Tier
 from smelt.ir.encoding import Affine
 from smelt.ir.errors import SmeltError
 
@@ -318,8 +318,128 @@ def test_bounds_of_pages_hold():
                 assert (k[0, g, span] @ x).max() <= bound + 1e-4
 
 
+def test_a_page_is_chosen_from_by_the_attention_of_the_tail():
+    site = replace(BASE, window=1000, select=Select(Score("attention"), 0.5))
+    q, k, _ = tokens = data(site)
+    held = prompted(site, tokens).segments[0].bodies[0].decoded(0).positions
+    logits = q[0, :, :PROMPT].unflatten(0, (2, 2)) @ k[0, :, None, :PROMPT].mT * site.attention_scale
+    mass = torch.softmax(logits.masked_fill(torch.ones(PROMPT, PROMPT).triu(1).bool(), float("-inf")), -1).sum((1, 2))
+    pages = mass[:, 2 : 2 + site.left(PROMPT)].unflatten(1, (-1, 8))
+    first = 2 + 8 * torch.arange(pages.shape[1])[:, None]
+    assert torch.equal(held, (pages.topk(4).indices.sort().values + first).flatten(1))
+
+
+def test_strides_count_positions_after_every_overflow():
+    site = replace(BASE, select=Select(Score("stride", stride=4), 0.75, 16, "overflow"))
+    tokens = data(site)
+    cache = prompted(site, tokens)
+
+    def best(held: list[int]) -> list[int]:
+        return sorted(sorted(held, key=lambda p: (p % 4 == 3, p))[-12:])
+
+    body = best(list(range(2, PROMPT - 8)))
+    for at in range(PROMPT, PROMPT + 24):
+        feed(cache, site, tokens, at, at + 1)
+        if (at + 1 - PROMPT) % 8 == 0:
+            body = body + list(range(at - 15, at - 7))
+            body = best(body) if len(body) > 16 else body
+            held = cache.segments[0].bodies[0].decoded(0)
+            assert held.positions[0, torch.isfinite(held.bias[0])].tolist() == body
+
+
+@pytest.mark.parametrize("heads", ["adaptive", "policy"])
+def test_tiers_lose_nothing_where_heads_differ(heads):
+    policy = Policy(0.8) if heads == "policy" else None
+    select = Select(ATTENTION, 0.5 if policy is None else 1.0, when="prompt", heads=heads, policy=policy)
+    whole = replace(BASE, window=1000, page=16, tail=16, select=select)
+    tokens = data(whole)
+    tokens[1][0, 0] *= 3  # the heads differ
+    alone, tiered = (prompted(site, tokens) for site in (whole, replace(whole, tiers=(Tier(share=0.5),))))
+    held = [sum(body.tokens(0) for body in cache.segments[0].bodies) for cache in (alone, tiered)]
+    assert held[0].tolist() == held[1].tolist() and held[0][0] != held[0][1]
+
+
+def test_a_survivor_takes_its_weight_to_its_tier():
+    site = replace(SITES["merged"], select=Select(ATTENTION, 0.5, when="prompt"))
+    tokens = data(site)
+    caches = [prompted(s, tokens) for s in (site, replace(site, window=1000, tiers=(Tier(share=0.5),)))]
+    weights = []
+    for cache in caches:
+        pairs = {}
+        for body in cache.segments[0].bodies:
+            d = body.decoded(0)
+            for g in (0, 1):
+                pairs |= {
+                    (g, int(p)): float(b) for p, b in zip(d.positions[g], d.bias[g], strict=True) if b > float("-inf")
+                }
+        weights.append(pairs)
+    assert weights[0] == weights[1] and max(weights[0].values()) > 0
+
+
+def test_centers_fill_tiers_in_their_order():
+    site = replace(BASE, window=1000, select=Select("centers", 0.5, when="prompt"), tiers=(Tier(share=0.5),))
+    _, k, _ = tokens = data(site)
+    first, _ = prompted(site, tokens).segments[0].bodies
+    longest = k[0, :, 2 : PROMPT - 8].norm(dim=-1).argmax(-1) + 2
+    assert all(int(longest[g]) in first.decoded(0).positions[g].tolist() for g in (0, 1))
+
+
+def test_a_compact_ladder_has_no_two_tokens_at_one_position():
+    site = replace(SITES["ladder"], keys=None, frame="pre", compact=True, tiers=(Tier(budget=16),))
+    cache = prompted(site, data(site))
+    for row in ([0], [0, 0]):
+        cache.select_rows(row)
+        segments = cache.segments[0]
+        places = torch.cat([b.decoded(0).positions[0] for b in reversed(segments.bodies)])
+        end = 2 + site.left(PROMPT)
+        assert places.tolist() == list(range(end - 24, end)) and int(segments.sink_at[0, 0]) == end - 26
+
+
+def test_a_forecast_is_of_the_row_that_stands_there_now():
+    site = replace(BASE, frame="pre", keys=K8, values=V8)
+    plan = CachePlan((replace(site, predict=Predict(True)), replace(site, layer=1, predict=Predict())))
+    maps = {"keys": torch.eye(65)[:, :64], "values": torch.cat([torch.zeros(64, 32), torch.eye(33)[:, :32]])}
+    plan = plan.with_tables({f"1.predict.{role}": m for role, m in maps.items()})
+
+    def made() -> Cache:
+        cache = Cache(plan, 2, 200)
+        _, k, v = (torch.cat([a, b]) for a, b in zip(data(site), data(site, seed=1), strict=True))
+        cache.begin(torch.arange(PROMPT).expand(2, -1))
+        for layer in (0, 1):
+            cache.append(layer, k[:, :, :PROMPT], v[:, :, :PROMPT])
+        cache.commit([list(range(PROMPT))] * 2)
+        cache.end_prefill()
+        return cache
+
+    cache = made()
+    body = cache.segments[1].bodies[0]
+    before = [body.decoded(row).keys.clone() for row in (0, 1)]
+    k = data(site)[1][0, :, 2 : 2 + before[0].shape[1]]
+    assert torch.allclose(before[0], k, atol=0.05) and not torch.allclose(before[0], before[1], atol=0.5)
+    cache.select_rows([1, 0])
+    assert torch.equal(body.decoded(0).keys, before[1]) and torch.equal(body.decoded(1).keys, before[0])
+    cache.restart()
+    assert body.decoded(0) is None
+    with pytest.raises(SmeltError, match="layer 0 stores what a forecast misses, but no encoded layer is before it"):
+        Cache(CachePlan((replace(site, predict=Predict()),)), 1, 64)
+
+
+def test_a_list_that_is_reused_must_fit():
+    source = replace(BASE, retrieve=Retrieve("dense", 16))
+    reuse = replace(BASE, layer=1, retrieve=Retrieve("reuse", 16, 0))
+    Cache(CachePlan((source, reuse)), 1, 64)
+    for wrong in (
+        replace(reuse, page=16),
+        replace(reuse, kv_heads=1),
+        replace(reuse, retrieve=Retrieve("reuse", 16, 2)),
+    ):
+        with pytest.raises(SmeltError, match="layer 1 reads the list of layer"):
+            Cache(CachePlan((source, wrong)), 1, 64)
+
+
 def test_a_site_survives_json():
-    for site in SITES.values():
+    default = replace(BASE, select=Select(ATTENTION, when="prompt", heads="policy", policy=Policy()))
+    for site in (*SITES.values(), default):
         assert CachePlan.from_dict(CachePlan((site,)).to_dict()).sites == (site,)
 
 
@@ -338,6 +458,14 @@ def test_a_site_survives_json():
         ({"retrieve": Retrieve("scan", 8), "select": Select("key_norm", 0.5)}, "one list for all KV heads"),
         ({"retrieve": Retrieve("pages", 8), "frame": "pre", "compact": True}, "bounds of pages"),
         ({"rope": Rope((1.0,) * 17)}, "rope turns 34 dims"),
+        ({"tiers": (Tier(share=0.1),), "select": Select(ATTENTION, when="prompt")}, "less than one of 8 tokens"),
+        ({"tiers": (Tier(share=0.5),), "select": Select("key_norm", 0.5), "hold": 8}, "leave hold out"),
+        ({"tiers": (Tier(budget=4),), "hold": 8}, "a tier's budget of 4 tokens does not hold one page of 8"),
+        (
+            {"tiers": (Tier(share=0.5),), "select": Select("key_norm"), "frame": "pre", "compact": True},
+            "tiers that share them by score mix",
+        ),
+        ({"retrieve": Retrieve("pages", 8), "select": Select("recency", budget=0)}, "nothing survives beyond the tail"),
     ],
 )
 def test_what_does_not_go_together_says_so(change, message):
