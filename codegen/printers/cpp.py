@@ -100,7 +100,7 @@ template <class V> static inline i32x16 spread(V v) {  // each byte to all four 
                        60, 60, 60, 60, 61, 61, 61, 61, 62, 62, 62, 62, 63, 63, 63, 63};
   return (i32x16)__builtin_shuffle((u8x64)(i128x4){x, x, x, x}, lanes);
 }
-static inline i32x16 widen(u8x16 v) { return (i32x16)_mm512_cvtepu8_epi32((__m128i)v); }
+static inline i32x16 widen(u8x16 v) { return (i32x16)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)v); }
 static inline i32x16 widen(i8x16 v) { return spread(v) >> 24; }
 #else
 static inline i32x16 widen(u8x16 v) { return __builtin_convertvector(__builtin_convertvector(v, u16x16), i32x16); }

@@ -90,6 +90,12 @@ def test_the_tables_of_another_head_are_seen() -> None:
     assert (out - want).abs().max() > 100 * TOLERANCE
 
 
-def test_a_rotation_says_what_a_reader_would_have_to_do() -> None:
-    turned = replace(PAGED, keys=Rotated(Affine(4, 0)), values=Affine(4, 64))
-    assert "turn what it is multiplied with" in (covers(turned) or "")
+def test_a_rotation_is_turned_by_the_reader() -> None:
+    """Queries are turned instead of keys, and what is read of values once at the end."""
+    turned = Rotated(Affine(4, 0, zero=True))
+    site, cache, q = stepped(turned, turned)
+    want, out = cache.attend(0, q, 0.125), torch.full((1, 4, 3, 64), float("nan"))
+    SegmentAttention(site).bind(cache, 0, q, out, 0.125)()
+    assert (out - want).abs().max() < TOLERANCE
+    plain = replace(site, keys=Affine(4, 0, zero=True), values=Affine(4, 0, zero=True))
+    assert covers(site) is None and covers(plain) is None

@@ -335,7 +335,7 @@ def test_a_question_may_read_the_best_of_the_pieces_alone() -> None:
     steps: list[Any] = [{"cache.insert": {"dtype": "float16"}}, {"cache.parallel": {"sink": 4}}]
     given = {"by": "scan", "dense_layers": 0, "sink": 4, "tail": 8, "page": 8}
     out = []
-    for budget in (16, 512):
+    for budget in (16, 240):
         recipe = {
             "name": "x",
             "family": "cache",
