@@ -50,6 +50,7 @@ for _side in (_Reader, _Writer):  # both sides alike, so that what is written re
     _side.yaml_implicit_resolvers = {}
     for _name, _pattern, _first in _SCALARS:
         _side.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+_Writer.add_implicit_resolver(_TAG + "merge", re.compile("^<<$"), ["<"])  # so that a word << is written in quotes
 
 
 @dataclass(frozen=True)
