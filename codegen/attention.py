@@ -45,7 +45,7 @@ class Arguments(Structure):
     _fields_ = (
         *(("q", c_void_p), ("q_row", c_int64), ("q_head", c_int64), ("q_token", c_int64)),
         *(("out", c_void_p), ("out_row", c_int64), ("out_head", c_int64), ("out_token", c_int64)),
-        *(("lse", c_void_p), ("tokens", c_int64)),
+        ("tokens", c_int64),
         *((name, c_void_p) for name in ("positions", "visible", "sinks", "finished", "work")),
         *(("blocks", c_int64), ("scale", c_float), ("softcap", c_float)),
     )
@@ -94,14 +94,12 @@ class SegmentAttention:
         scale: float,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
-        lse: torch.Tensor | None = None,
         picks: Picks | None = None,
     ) -> Call:
         """out [B, H, T, E] = attention of query [B, H, T, D] over a layer of the cache in its current step.
 
         All float32; any strides will do where the last dim is contiguous. The window is the site's. Rows of tokens that
-        are not valid become 0. `lse` [B, H, T], contiguous: gets the logarithm of the softmax's denominator. `picks`:
-        what is read of the body, where the site retrieves; without it everything is.
+        are not valid become 0. `picks`: what is read of the body, where the site retrieves; without it everything is.
         """
         site = cache.plan[layer]
         if cache.device.type != "cpu":
@@ -116,32 +114,27 @@ class SegmentAttention:
                     f"layer {layer}: attention takes float32 {list(shape)}, contiguous in its last dim, "
                     f"not {x.dtype} {list(x.shape)} with strides {x.stride()}"
                 )
-        self._check(layer, rows, tokens, lse, picks)
+        if picks is not None:
+            self._check(layer, rows, tokens, picks)
         at, given = Buffers(), Arguments(tokens=tokens, scale=scale, softcap=softcap or 0.0)
         given.q, (given.q_row, given.q_head, given.q_token, _) = query.data_ptr(), query.stride()
         given.out, (given.out_row, given.out_head, given.out_token, _) = out.data_ptr(), out.stride()
-        given.sinks, given.lse = _address(sinks), _address(lse)
+        given.sinks = _address(sinks)
         refresh = _Refresh(self, cache, layer, at, given, picks)
         reads = {query.untyped_storage().data_ptr(), ("cache", layer)}
         reads |= {x.untyped_storage().data_ptr() for x in picks or ()}
-        writes = {x.untyped_storage().data_ptr() for x in (out, lse) if x is not None}
         return Call(
             self.function,
             packed((addressof(at), addressof(given))),
             frozenset(reads),
-            frozenset({*writes, "attention's scratch"}),
-            keeps=(at, given, query, out, sinks, lse, picks),
+            frozenset({out.untyped_storage().data_ptr(), "attention's scratch"}),
+            keeps=(at, given, query, out, sinks, picks),
             refresh=refresh,
         )
 
-    def _check(self, layer: int, rows: int, tokens: int, lse: torch.Tensor | None, picks: Picks | None) -> None:
-        """What is optional has the right form."""
+    def _check(self, layer: int, rows: int, tokens: int, picks: Picks) -> None:
+        """Lists have the right form."""
         site = self.site
-        shape = (rows, site.heads, tokens)
-        if lse is not None and (lse.shape != shape or lse.dtype is not torch.float32 or not lse.is_contiguous()):
-            raise ValueError(f"layer {layer}: lse must be contiguous float32 {list(shape)}, not {list(lse.shape)}")
-        if picks is None:
-            return
         if site.retrieve is None or site.retrieve.by not in LISTS:
             raise ValueError(f"layer {layer}: its site reads the whole body, and takes no list of what to read")
         shape = (rows, tokens, site.kv_heads)

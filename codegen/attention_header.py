@@ -29,7 +29,6 @@ struct Call {
   int64_t q_row, q_head, q_token;
   float *out;                       // [B, H, T, E] likewise
   int64_t out_row, out_head, out_token;
-  float *lse;                       // [B, H, T] logarithm of the sum of what logits are raised to, or null
   int64_t tokens;                   // T
   const int64_t *positions;         // [B, T]
   const uint64_t *visible;          // [B, T, ceil(T / 64)]: which new tokens a new token sees

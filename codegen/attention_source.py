@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-import torch
-
 from ..ir.cache import Site
 from ..ir.encoding.expr import indices
 from .attention_body import BY_PAGES, BY_TOKENS, CODES, HELD, SCAN, WHOLE
@@ -109,11 +107,6 @@ def scratch(site: Site, rows: int, chunks: int, tokens: int) -> tuple[int, int]:
     block = rows * chunks * site.heads * queries(site) * (padded + 2)
     blocks = max(1, min(-(-tokens // queries(site)), SCRATCH // block))
     return blocks * block, blocks
-
-
-def parts(site: Site) -> list[tuple[str, str, torch.Tensor]]:
-    """(role, part, an encoded page [1, …]) of the first body, in the order of its parts."""
-    return [(part.role, part.name, part.sample) for part in forms(site)[0].parts]
 
 
 def _direct(site: Site) -> bool:

@@ -224,8 +224,8 @@ $dispatch
   }
 };
 
-// out [E] of one query (number `slot` of its block) and head from what its chunks left, and its log-sum-exp
-static inline float merge(const Call& call, int64_t h, int64_t slot, int64_t chunks, const float* states, float* out) {
+// out [E] of one query (number `slot` of its block) and head from what its chunks left
+static inline void merge(const Call& call, int64_t h, int64_t slot, int64_t chunks, const float* states, float* out) {
   const int64_t in = slot * R + h % R;
   float most = -__builtin_inff(), total = 0;
   alignas(64) float mixed[EP] = {};
@@ -248,7 +248,6 @@ static inline float merge(const Call& call, int64_t h, int64_t slot, int64_t chu
       store(mixed + e, load<f32x16>(mixed + e) + load<f32x16>(state + in * EP + e) * factor);
   }
   for (int64_t e = 0; e < E; e++) out[e] = real ? mixed[e] / total : 0;
-  return real ? most + std::log(total) : -__builtin_inff();
 }
 
 // The ranks do each(place, c) for the chunks c < own(place) of all places: who is free takes the next, or, with STREAM,
@@ -296,8 +295,7 @@ static void run(Rank& rank, const Buffers& at, const Call& call) {
       for (int64_t h = g * R; h < (g + 1) * R; h++)
         for (int64_t slot = 0; slot < queries; slot++) {
           float* out = call.out + b * call.out_row + h * call.out_head + (t0 + slot) * call.out_token;
-          const float lse = merge(call, h, slot, own, states + place * chunks * STATE, out);
-          if (call.lse) call.lse[(b * H + h) * call.tokens + t0 + slot] = lse;
+          merge(call, h, slot, own, states + place * chunks * STATE, out);
         }
     });
   }

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import sympy
 
-from ..ir.encoding.expr import Bin, Cast, Const, Expr, Scatter, indices, loads, rebuilt, substitute
+from ..ir.encoding.expr import Bin, Cast, Const, Expr, indices, loads, rebuilt, substitute
 from ..ir.encoding.expr import k as COLUMN
 from .ranges import Ranges, fold
 
@@ -17,21 +17,6 @@ Term: TypeAlias = tuple[Expr, Expr | None]  # (coefficient, factor): their produ
 def folded(expr: Expr, ranges: Ranges) -> Expr:
     """The expression with every index folded over the ranges."""
     return rebuilt(expr, lambda inner: folded(inner, ranges), lambda index: fold(index, ranges))
-
-
-def scattered(expr: Expr) -> tuple[Expr | None, list[Scatter]]:
-    """A sum as what every column has, and the lists of single columns; the former may be nothing.
-
-    Who writes a whole row adds the `entries` of a list to the columns that they name, instead of asking every column.
-    """
-    match expr:
-        case Scatter() if COLUMN in sympy.sympify(expr.place).free_symbols:
-            return None, [expr]
-        case Bin("add", a, b):
-            (left, few), (right, others) = scattered(a), scattered(b)
-            rest = Bin("add", left, right) if left is not None and right is not None else left or right
-            return rest, few + others
-    return expr, []
 
 
 def depends(expr: Expr, on: Set[sympy.Symbol]) -> bool:

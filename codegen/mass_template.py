@@ -22,25 +22,21 @@ $key_row
 }
 
 struct Mass {  // the words of a call
-  const float* q;                    // [H, n, D] by these strides; D is contiguous
-  int64_t q_head, q_token;
-  const dense* k;                    // [G, S, D], heads this far apart
+  const float* q;                    // [H, n, D], heads this far apart
+  int64_t q_head;
+  const dense* k;                    // [G, S, D]
   int64_t k_head;
   const int64_t *q_at, *k_at;        // [n] and [G or 1, S]
   int64_t k_at_head;
-  const uint64_t* visible;           // [n, ceil(fresh / 64)] or null: which of the last `fresh` keys a query sees
-  int64_t fresh;
   const float* sinks;                // [H] or null
-  float *out, *work;
-  int64_t queries, keys, width, block, window, length;  // rows of out are `width` apart
-  int64_t reduce;                    // 0 sums over queries, else there is a mass for each
+  float *out, *work;                 // [H, S]
+  int64_t queries, keys, block, window, length;
   float scale, softcap;
   explicit Mass(const int64_t* c)
-      : q((const float*)c[1]), q_head(c[2]), q_token(c[3]), k((const dense*)c[4]), k_head(c[5]),
-        q_at((const int64_t*)c[6]), k_at((const int64_t*)c[7]), k_at_head(c[8]), visible((const uint64_t*)c[9]),
-        fresh(c[10]), sinks((const float*)c[11]), out((float*)c[12]), work((float*)c[13]), queries(c[14]), keys(c[15]),
-        width(c[16]), block(c[17]), window(c[18]), length(c[19]), reduce(c[20]), scale(real(c[21])),
-        softcap(real(c[22])) {}
+      : q((const float*)c[1]), q_head(c[2]), k((const dense*)c[3]), k_head(c[4]), q_at((const int64_t*)c[5]),
+        k_at((const int64_t*)c[6]), k_at_head(c[7]), sinks((const float*)c[8]), out((float*)c[9]), work((float*)c[10]),
+        queries(c[11]), keys(c[12]), block(c[13]), window(c[14]), length(c[15]), scale(real(c[16])),
+        softcap(real(c[17])) {}
 
   int64_t chunks() const { return (keys + CHUNK - 1) / CHUNK; }
   int64_t padded() const { return (keys + 15) / 16 * 16; }
@@ -54,10 +50,8 @@ struct Mass {  // the words of a call
   float* seen(int64_t g, int64_t t) const { return parts() + ((2 * H + g) * block + t) * chunks(); }
 
   bool sees(int64_t i, int64_t g, int64_t s) const {
-    const int64_t distance = q_at[i] - k_at[g * k_at_head + s], j = s - (keys - fresh);
-    if (window && distance >= window) return false;
-    if (visible && j >= 0) return visible[i * ((fresh + 63) / 64) + j / 64] >> (j % 64) & 1;
-    return distance >= 0;
+    const int64_t distance = q_at[i] - k_at[g * k_at_head + s];
+    return distance >= 0 && !(window && distance >= window);
   }
 };
 
@@ -69,7 +63,6 @@ static void score(const Mass& at, int64_t first, int64_t many, int64_t g, int64_
   for (int64_t t = 0; t < many; t++) at.seen(g, t)[c] = 0;
   for (int64_t s = from; s < end; s += 16) {
     const int count = end - s < 16 ? end - s : 16;
-    const bool told = at.visible && s + count > at.keys - at.fresh;  // bits say what positions do not
     int64_t oldest = INT64_MAX, newest = INT64_MIN;
     for (int j = 0; j < count; j++) {
       const int64_t place = at.k_at[g * at.k_at_head + s + j];
@@ -80,9 +73,9 @@ static void score(const Mass& at, int64_t first, int64_t many, int64_t g, int64_
       const int64_t place = at.q_at[first + t];
       i32x16 live = {};
       int seen = 0;
-      const bool whole = count == 16 && !told, near = !(at.window && place - oldest >= at.window);
-      if (whole && near && place >= newest) live = ~live, seen = 16;
-      else if (told || (place >= oldest && !(at.window && place - newest >= at.window)))
+      const bool near = !(at.window && place - oldest >= at.window);
+      if (count == 16 && near && place >= newest) live = ~live, seen = 16;
+      else if (place >= oldest && !(at.window && place - newest >= at.window))
         for (int j = 0; j < count; j++)
           if (at.sees(first + t, g, s + j)) live[j] = -1, seen++;
       at.seen(g, t)[c] += seen;
@@ -119,7 +112,6 @@ static void score(const Mass& at, int64_t first, int64_t many, int64_t g, int64_
 
 struct Whole {  // of a query: its greatest logit, and what e^(logit - most) is multiplied by
   float most, factor;
-  Whole() {}
   Whole(const Mass& at, int64_t h, int64_t t) : most(-__builtin_inff()), factor(0) {
     const int64_t chunks = at.chunks();
     const float *mosts = at.most(h, t), *totals = at.total(h, t), *seen = at.seen(h / R, t);
@@ -145,26 +137,9 @@ static void columns(const Mass& at, int64_t first, int64_t many, int64_t h, int6
   for (int64_t t = 0; t < many; t++) {
     const Whole whole(at, h, t);
     for (int64_t s = from; s < end; s += 16) {
-      float* out = at.out + h * at.width + s;
+      float* out = at.out + h * at.keys + s;
       f32x16 sum = first + t ? read(out, end - s) : f32x16{};
       write(out, sum + whole.of(load<f32x16>(at.logits(h, t) + s)), end - s);
-    }
-  }
-}
-
-// out[i, g, s] of a chunk of keys: mean (1), largest (2) or sum (3) over the query heads of g
-static void each(const Mass& at, int64_t first, int64_t many, int64_t g, int64_t c) {
-  const int64_t from = c * CHUNK, end = from + CHUNK < at.keys ? from + CHUNK : at.keys;
-  for (int64_t t = 0; t < many; t++) {
-    Whole whole[R];
-    for (int64_t r = 0; r < R; r++) whole[r] = Whole(at, g * R + r, t);
-    for (int64_t s = from; s < end; s += 16) {
-      f32x16 sum = {};
-      for (int64_t r = 0; r < R; r++) {
-        const f32x16 x = whole[r].of(load<f32x16>(at.logits(g * R + r, t) + s));
-        sum = at.reduce == 2 ? larger(sum, x) : sum + x;
-      }
-      write(at.out + ((first + t) * G + g) * at.width + s, at.reduce == 1 ? sum / (float)R : sum, end - s);
     }
   }
 }
@@ -180,14 +155,13 @@ static void $name(Rank& rank, const int64_t* words) {
     if (first) meet(rank);  // the scratch is read no more
     share(rank, many * H, [&](int64_t i) {
       const int64_t h = i % H, t = i / H;
-      const float* x = at.q + h * at.q_head + (first + t) * at.q_token;
+      const float* x = at.q + h * at.q_head + (first + t) * D;
       for (int64_t d = 0; d < DP; d++) at.query(h, t)[d] = d < D ? x[d] * at.scale : 0;
     });
     meet(rank);
     share(rank, G * chunks, [&](int64_t i) { score(at, first, many, i / chunks, i % chunks); });
     meet(rank);
-    if (at.reduce) share(rank, G * chunks, [&](int64_t i) { each(at, first, many, i / chunks, i % chunks); });
-    else share(rank, H * chunks, [&](int64_t i) { columns(at, first, many, i / chunks, i % chunks); });
+    share(rank, H * chunks, [&](int64_t i) { columns(at, first, many, i / chunks, i % chunks); });
   }
 }
 """)

@@ -55,7 +55,7 @@ def retrieve(cache: Cache, layer: int, query: torch.Tensor, scale: float) -> tup
     rows, tokens = cache.batch, query.shape[2]
     made = _LISTS.setdefault(cache, {})
     if site.retrieve.by == "reuse":
-        return [], _source(cache, site, tokens, made)
+        return [], _source(site, tokens, made)
     if cache.device.type != "cpu":
         raise SmeltError(f"layer {layer}: a C++ kernel reads memory of the CPU, but the cache is on {cache.device}")
     shape = (rows, site.heads, tokens, site.key_dim)
@@ -84,19 +84,13 @@ _Made = dict[tuple[int, int], Picks]  # by layer and number of new tokens: the n
 _LISTS: weakref.WeakKeyDictionary[Cache, _Made] = weakref.WeakKeyDictionary()
 
 
-def _source(cache: Cache, site: Site, tokens: int, made: _Made) -> Picks:
-    """The list that a site reads, if it means the same tokens there."""
+def _source(site: Site, tokens: int, made: _Made) -> Picks:
+    """The list that a site reads; the cache has seen to it that it means the same tokens there."""
     assert site.retrieve is not None and site.retrieve.source is not None
-    source = cache.plan[site.retrieve.source]
-    here, there = ((s.kv_heads, s.sink, s.tail, s.page) for s in (site, source))
-    if here != there:
-        raise SmeltError(
-            f"layer {site.layer} reads the list of layer {source.layer}, but stores other pages: KV heads, sink, tail "
-            f"and page are {list(here)}, there {list(there)}; give both layers the same"
-        )
-    if (source.layer, tokens) not in made:
-        raise SmeltError(f"layer {site.layer} reads the list of layer {source.layer}, which must run before it")
-    return made[source.layer, tokens]
+    source = site.retrieve.source
+    if (source, tokens) not in made:
+        raise SmeltError(f"layer {site.layer} reads the list of layer {source}, which must run before it")
+    return made[source, tokens]
 
 
 def function(site: Site) -> Function:

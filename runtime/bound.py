@@ -21,6 +21,7 @@ from ..codegen.build import threads
 from ..codegen.choose import Chooser
 from ..codegen.fuse import Chain, Region
 from ..codegen.fused import Codes, ProductKernel, QuantizeKernel
+from ..codegen.mass import column_sums
 from ..codegen.plan import Attention, Kernel, Plan
 from ..codegen.rows import copied, picked, row_stride
 from ..codegen.unit import Call, Unit
@@ -95,6 +96,8 @@ class Bound:
             self._bind(node)
         self._values.clear()
         self.calls = _units(self._made)
+        for segments in cache.segments.values() if cache is not None and plan.target == "cpp" else ():
+            segments.sums = column_sums
 
     @property
     def nbytes(self) -> int:

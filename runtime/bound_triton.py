@@ -22,6 +22,7 @@ from ..codegen.device_triton import device
 from ..codegen.encode_triton import encoded
 from ..codegen.fuse import Region
 from ..codegen.lower_triton import holds_up
+from ..codegen.mass_triton import column_sums, covers
 from ..codegen.plan import Plan
 from ..ir.cache import Cache
 from ..ir.cache.step import Step
@@ -97,6 +98,8 @@ class TritonBound(Bound):
         for segments in cache.segments.values() if cache is not None else ():
             for body in segments.bodies:
                 body.encode = encoded  # pages leave without a word from the device
+            if covers(segments.tail_k.dtype, segments.site.key_dim) is None:
+                segments.sums = column_sums
         self._results = self.outputs
         self.inputs, self.last = {name: self._mirror.here[name] for name in inputs}, self._mirror.here.get(_LAST)
         self.outputs = {name: _on_host(value, plan.device) for name, value in self._results.items()}

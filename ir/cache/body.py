@@ -154,11 +154,6 @@ class Body:
         """Bytes that the pages of one row take."""
         return int(self.host_held[row].sum()) * self.page_bytes()
 
-    def tokens(self, row: int) -> torch.Tensor:
-        """Tokens of each KV head of a row, [G]."""
-        fill = self.pages[:, 0].cpu()
-        return torch.stack([fill[self._row(row, head)].sum() for head in range(self.site.kv_heads)])
-
     def _row(self, row: int, head: int) -> torch.Tensor:
         """Slots of a row and KV head, in order."""
         return self.host_table[row, head, : int(self.host_held[row, head])].long()
@@ -194,7 +189,7 @@ class Body:
         at = slots.to(self.device)
         filled = [self._padded(tokens) for tokens in heads if len(tokens.positions)]
         keys, values, positions = (torch.cat([f[i] for f in filled]) for i in range(3))  # [S, cap, …]
-        turned = self.site.rope.turn(keys.float(), -positions) if self._unturns() and self.site.rope else keys
+        turned = self.site.unrotates.turn(keys.float(), -positions) if self.site.unrotates else keys
         for role, x, parts in (("keys", turned, self.keys), ("values", values, self.values)):
             encoding, _ = self._of(role)
             tables = {n: t[owner] if t.shape[0] > 1 else t for n, t in self.tables[role].items()}
@@ -236,9 +231,6 @@ class Body:
             self.forecast.previous._told.pop((row, first), None)
         self._told[row, first] = keys, values
         return keys, values
-
-    def _unturns(self) -> bool:
-        return self.site.frame == "pre"
 
     def _padded(self, tokens: Tokens) -> tuple[Any, ...]:
         """Keys, values, positions [P, cap, …] of whole pages that repeat the last token, [P] fills, and side data."""
@@ -341,8 +333,8 @@ class Body:
             self.pages[slots.to(self.device), 1] = first.to(self.device, torch.int32)
         return starts
 
-    def decoded(self, row: int, turned: bool = True) -> Decoded | None:
-        """What a row stores, in float32; None: nothing. `turned`: keys as they are read, else as they are stored."""
+    def decoded(self, row: int) -> Decoded | None:
+        """What a row stores as it is read, in float32; None: nothing."""
         most = int(self.host_held[row].max())
         if not most:
             return None
@@ -357,8 +349,8 @@ class Body:
             keys, values = (x.unflatten(1, (most, self.cap)) for x in self.plain(row))
         else:
             keys, values = (self._decoded(role, slots) for role in ("keys", "values"))
-        if turned and self._unturns() and self.site.rope:
-            keys = self.site.rope.turn(keys, positions)
+        if self.site.unrotates:
+            keys = self.site.unrotates.turn(keys, positions)
         bias = self.bias[slots] if self.bias is not None else torch.zeros(real.shape, device=self.device)
         whole = self.bias is None and bool(real.all())
         masked = None if whole else bias.masked_fill(~real, float("-inf")).flatten(1, 2)

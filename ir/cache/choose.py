@@ -1,4 +1,4 @@
-"""Which tokens of each KV head are kept, by their scores: evenly, shared among heads, in tiers, or spread as centers.
+"""Which tokens of each KV head are kept, by their scores: evenly or shared among heads; and the order of a k-center.
 
 Everything is deterministic: among equal scores the older token wins, among equal heads the first.
 """
@@ -6,7 +6,6 @@ Everything is deterministic: among equal scores the older token wins, among equa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 
@@ -40,24 +39,6 @@ def adaptive(scores: torch.Tensor, count: int, floor: float = 0.2) -> list[int]:
     # rank by rank, so that equal scores go round the heads
     best = torch.sort(ranked.T.flatten(), descending=True, stable=True).indices[: heads * count]
     return [int(each) for each in torch.bincount(best % heads, minlength=heads)]
-
-
-def tiers(scores: torch.Tensor, shares: Sequence[float]) -> list[torch.Tensor]:
-    """Tokens of scores [G, n] parted by rank, best first: for each share an int64 [G, its part of n], sorted.
-
-    Shares add up to at most 1; what they leave is in no tier. Tier sizes are alike for all heads (EMS sizes them by
-    head, by a rule that is not verified).
-    """
-    if any(share < 0 for share in shares) or sum(shares) > 1 + 1e-9:
-        raise SmeltError(f"tiers: shares must not be negative or add up to more than 1, not {list(shares)}")
-    order, n = _best_first(scores), scores.shape[1]
-    edges = [0, *(min(n, round(sum(shares[: i + 1]) * n)) for i in range(len(shares)))]
-    return [order[:, low:high].sort(-1).values for low, high in pairwise(edges)]
-
-
-def centers(keys: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """`count` tokens of each head of keys [G, n, D] that lie far from each other, as sorted indices."""
-    return [order.sort().values for order in centers_order(keys, count)]
 
 
 def centers_order(keys: torch.Tensor, count: int) -> torch.Tensor:

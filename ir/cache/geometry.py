@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -22,6 +21,20 @@ BIAS_BITS = 32  # one float32 for each token that may stand for several
 BOUND_BITS = 16  # one float16 for the least and the greatest of each channel of a page
 
 Length: TypeAlias = int | sympy.Expr
+
+
+def _least(a: Length, b: Length) -> Any:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else sympy.Min(a, b)
+
+
+def _greatest(a: Length, b: Length) -> Any:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else sympy.Max(a, b)
+
+
+def _up(fraction: float, of: Length) -> Any:
+    """ceil(fraction · of), exactly for a fraction that is written in decimals."""
+    exact = Fraction(str(fraction))
+    return -(-(exact.numerator * of) // exact.denominator)
 
 
 class Counts(NamedTuple):
@@ -84,16 +97,18 @@ class Geometry:
         """Tokens of a page that survive when it leaves the tail, per KV head."""
         if self.select is None or self.select.when != "page":
             return self.page
-        if self.select.budget == 0:
-            return 0
-        return math.ceil(Fraction(str(self.select.keep)) * self.page)
+        return 0 if self.select.budget == 0 else int(_up(self.select.keep, self.page))
 
     @cached_property  # asked at every step, and fractions are slow
     def caps(self) -> tuple[int, ...]:
         """Tokens that a page of each body holds."""
-        shares = [math.floor(Fraction(str(t.share)) * self.survivors) for t in self.tiers if t.share is not None]
-        first = self.survivors - sum(shares)
-        return first, *(shares or [first] * len(self.tiers))
+        first, *below = self.parted(self.survivors)
+        return first, *(below if self._shared else [first] * len(self.tiers))
+
+    @property
+    def _shared(self) -> bool:
+        """Whether tiers share what leaves the tail; else each takes what the one above lets go."""
+        return any(tier.share is not None for tier in self.tiers)
 
     @property
     def kept(self) -> int:
@@ -134,6 +149,11 @@ class Geometry:
         return again or self.window is not None or self.frame == "pre"
 
     @property
+    def unrotates(self) -> Rope | None:
+        """The rotation that body keys are stored without."""
+        return self.rope if self.frame == "pre" else None
+
+    @property
     def endless(self) -> bool:
         """Whether a row may go on for ever: its tokens stand at positions in a cache that does not grow."""
         budget = self.select.budget if self.select is not None and self.select.when == "page" else None
@@ -149,72 +169,80 @@ class Geometry:
         """Whether every body token carries the attention that it has received so far (H2O)."""
         return self.watches and self.select is not None and self.select.when == "overflow"
 
-    def left(self, length: int, prompt: int = 0) -> int:
+    def left(self, length: Length, prompt: Length = 0) -> Any:
         """Tokens beyond the sinks that have left the tail of a row of this committed length."""
-        if self.tail is None or length < prompt:  # before the end of the prompt nothing leaves
+        if self.tail is None or (isinstance(length, int) and length < prompt):  # before the prompt ends nothing leaves
             return 0
-        if self.at_prompt and prompt > self.sink + self.tail:
-            return prompt - self.sink - self.tail + (length - prompt) // self.page * self.page
-        return max(0, length - self.sink - self.tail) // self.page * self.page
+        if candidates := self._candidates(prompt):
+            return candidates + (length - prompt) // self.page * self.page
+        return _greatest(0, length - self.sink - self.tail) // self.page * self.page
 
-    def survive(self, candidates: int) -> int:
+    def _candidates(self, prompt: Length) -> Any:
+        """Tokens of a prompt that are chosen from when it ends; 0 where there is no such choice."""
+        return _greatest(0, prompt - self.sink - (self.tail or 0)) if self.at_prompt else 0
+
+    def survive(self, candidates: Length) -> Any:
         """Tokens per KV head that survive of a prompt's candidates, on average over heads."""
         select = self.select
         if select is None or select.when == "page":
             return candidates
-        if select.when == "overflow":
+        if select.when == "prompt":
+            wanted = _up(select.keep, candidates)
+            return wanted if select.budget is None else _least(wanted, select.budget)
+        if isinstance(candidates, int):
             return self.shrunk if candidates > (select.budget or 0) else candidates
-        wanted = math.ceil(Fraction(str(select.keep)) * candidates)
-        return wanted if select.budget is None else min(wanted, select.budget)
+        return sympy.Piecewise((self.shrunk, candidates > (select.budget or 0)), (candidates, True))
 
     @property
     def shrunk(self) -> int:
         """Body tokens after an overflow."""
         assert self.select is not None
-        return math.ceil(Fraction(str(self.select.keep)) * (self.select.budget or 0))
+        return int(_up(self.select.keep, self.select.budget or 0))
 
-    def held(self, length: int, prompt: int = 0) -> list[int]:
+    def held(self, length: Length, prompt: Length = 0) -> list[Any]:
         """Tokens per KV head of each body; where heads differ, what they have on average."""
-        left = self.left(length, prompt)
-        if not left or not self.kept:
-            return [0] * len(self.caps)
-        if self.hold is not None:
-            return self._ladder(left // self.page)
-        candidates = max(0, prompt - self.sink - (self.tail or 0)) if self.at_prompt else 0
-        pages = (length - prompt if candidates else left) // self.page
-        start = self.survive(candidates) if candidates else 0
-        if self.select is not None and self.select.when == "overflow":
-            return [self._overflown(start, pages)]
-        budget = self.select.budget if self.select and self.select.when == "page" else None
-        if budget is not None:
-            pages = min(pages, budget // self.kept)
-        return [part + cap * pages for part, cap in zip(self.parted(start), self.caps, strict=True)]
+        return [chosen + paged for chosen, paged in self._held(length, prompt)]
 
-    def _ladder(self, pages: int) -> list[int]:
+    def _held(self, length: Length, prompt: Length) -> list[tuple[Any, Any]]:
+        """For each body the tokens that a prompt's choice, and pages later on, left there."""
+        if not self.kept or self.tail is None:
+            return [(0, 0)] * len(self.caps)
+        candidates = self._candidates(prompt)
+        pages = (length - prompt if candidates else self.left(length, prompt)) // self.page
+        chosen, select = self.survive(candidates), self.select
+        if self.hold is not None:
+            return [(0, held) for held in self._ladder(pages)]
+        if select is not None and select.when == "overflow":
+            return [(self._overflown(chosen, pages), 0)]
+        if select is not None and select.when == "page" and select.budget is not None:
+            pages = _least(pages, select.budget // self.kept)
+        return [(part, cap * pages) for part, cap in zip(self.parted(chosen), self.caps, strict=True)]
+
+    def _ladder(self, pages: Length) -> list[Any]:
         """Tokens of each tier after so many pages left the tail: the newest fill the first."""
-        out = []
+        out: list[Any] = []
         for most in (self.hold, *(tier.budget for tier in self.tiers)):
-            taken = pages if most is None else min(pages, most // self.page)
+            taken = pages if most is None else _least(pages, most // self.page)
             out.append(taken * self.page)
-            pages -= taken
+            pages = pages - taken
         return out
 
-    def _overflown(self, start: int, pages: int) -> int:
+    def _overflown(self, start: Any, pages: Length) -> Any:
         """Body tokens when pages join one after the other, and it shrinks whenever it exceeds its budget."""
         assert self.select is not None
-        most, body = self.select.budget or 0, start
-        rest = (most - body) // self.page
+        if not pages:
+            return start
+        most = self.select.budget or 0
+        rest = (most - start) // self.page
         if pages <= rest:
-            return body + pages * self.page
+            return start + pages * self.page
         period = (most - self.shrunk) // self.page + 1
         return self.shrunk + (pages - rest - 1) % period * self.page
 
-    def parted(self, tokens: Any) -> list[Any]:
-        """How many of a prompt's survivors, an int or a symbol, each body gets; the best go to the first."""
-        whole = isinstance(tokens, int)
-        below = [sympy.floor(sympy.Rational(str(t.share)) * tokens) for t in self.tiers if t.share is not None]
-        parts = [tokens - sum(below), *(below or [0] * len(self.tiers))]
-        return [int(part) for part in parts] if whole else parts
+    def parted(self, tokens: Length) -> list[Any]:
+        """How many of so many survivors each body gets; the best go to the first."""
+        below = [-_up(-tier.share, tokens) for tier in self.tiers if tier.share is not None]
+        return [tokens - sum(below), *(below or [0] * len(self.tiers))]
 
     def counts(self, length: int, prompt: int = 0) -> Counts:
         """Stored tokens by segment; sinks stand in the tail until the first page leaves."""
@@ -227,7 +255,8 @@ class Geometry:
         """Tokens up to and including the one that makes the next page leave; None: none ever will."""
         if self.tail is None:
             return None
-        return self.sink + self.tail + self.left(length, prompt) + self.page - length
+        left: int = self.left(length, prompt)
+        return self.sink + self.tail + left + self.page - length
 
     def pages(self, capacity: int) -> int:
         """Most pages that the first body of a row and KV head holds within this context, where heads are even."""
@@ -252,52 +281,14 @@ class Geometry:
         Codes, scales, zeros, positions, page tables and the dense rest; where heads have their own numbers of tokens,
         their average, before rounding to pages.
         """
-        length = sympy.sympify(context)
+        asked: Length = context if prompt is None else prompt
         number = Dense(self.dense).stored_bits((1,))
         token = self.kv_heads * (self.key_dim + self.value_dim) * number
         watched = self.watches * self.heads * self.key_dim * number + 32 * self.running * self.kv_heads
-        if prompt is None:
-            left, pages = self._whole(length)
-        else:
-            left, pages = sympy.Integer(self.left(int(context), prompt)), self._split(int(context), prompt)
-        tail = length - left - self.sink * sympy.Min(1, left)
-        bits = token * (length - left) + watched * tail + 32 * self.compact * self.kv_heads
-        return bits + sum((self.page_bits(number) * count for number, count in enumerate(pages)), sympy.Integer(0))
-
-    def _whole(self, length: sympy.Expr) -> tuple[sympy.Expr, list[sympy.Expr]]:
-        """Tokens that have left the tail and pages of each body, where all `length` tokens were the prompt."""
-        if self.tail is None or not self.kept:
-            left = 0 if self.tail is None else sympy.floor(self._beyond(length) / self.page) * self.page
-            return sympy.sympify(left), []
-        beyond = self._beyond(length)
-        if self.at_prompt:
-            parts = self.parted(self._surviving(beyond))
-            return beyond, [sympy.ceiling(part / cap) for part, cap in zip(parts, self.caps, strict=True)]
-        pages = sympy.floor(beyond / self.page)
-        left, out = pages * self.page, []
-        if self.hold is None:
-            most = self.select.budget if self.select else None
-            return left, [pages if most is None else sympy.Min(pages, most // self.kept)] * len(self.caps)
-        for most in (self.hold, *(tier.budget for tier in self.tiers)):
-            out.append(pages if most is None else sympy.Min(pages, most // self.page))
-            pages -= out[-1]
-        return left, out
-
-    def _beyond(self, length: sympy.Expr) -> sympy.Expr:
-        return sympy.Max(0, length - self.sink - (self.tail or 0))
-
-    def _surviving(self, candidates: sympy.Expr) -> sympy.Expr:
-        """`survive` of a number that may be a symbol."""
-        assert self.select is not None
-        if self.select.when == "overflow":
-            return sympy.Piecewise((self.shrunk, candidates > (self.select.budget or 0)), (candidates, True))
-        wanted = sympy.ceiling(sympy.Rational(str(self.select.keep)) * candidates)
-        return wanted if self.select.budget is None else sympy.Min(wanted, self.select.budget)
-
-    def _split(self, context: int, prompt: int) -> list[int]:
-        """Pages of each body: those of the prompt's choice and later ones are not mixed."""
-        chosen = self.at_prompt and self.tail is not None and prompt > self.sink + self.tail
-        joins = chosen and self.select is not None and self.select.when == "prompt"
-        later = (context - prompt) // self.page if joins else 0
-        held = zip(self.held(context, prompt), self.caps, strict=True)
-        return [-(-(tokens - later * cap) // cap) + later if cap else 0 for tokens, cap in held]
+        left = self.left(context, asked)
+        bits = token * (context - left) + watched * (context - left - self.sink * _least(1, left))
+        bits += 32 * self.compact * self.kv_heads
+        for body, (chosen, paged) in enumerate(self._held(context, asked) if self.kept else ()):
+            cap = self.caps[body]  # the tokens of a prompt's choice and later ones do not share pages
+            bits += self.page_bits(body) * (-(-chosen // cap) + -(-paged // cap))
+        return sympy.sympify(bits)

@@ -126,6 +126,7 @@ def _score_of_tail(segments: Segments, row: int, span: slice, used: int) -> torc
         scale=site.attention_scale,
         window=site.window,
         softcap=site.softcap,
+        sums=segments.sums,
     )
     return found[:, span]
 
@@ -258,6 +259,7 @@ def _weigh(segments: Segments, row: int, used: int, start: int) -> None:
         site.window,
         site.softcap,
         reduce=site.select.score.reduce if site.select else "mean",
+        sums=segments.sums,
     )
     parts = mass.split([keys.shape[1] for keys, _ in reads], 1)
     for body, gained in zip(segments.bodies, parts[len(reads) - 1 - len(segments.bodies) :], strict=False):

@@ -10,6 +10,7 @@ import torch
 
 from ..encoding import Encoding
 from ..errors import SmeltError
+from ..ops.rotary import rotary
 from .policy import Policy
 from .score import Score
 
@@ -24,12 +25,10 @@ class Rope:
     inverse: tuple[float, ...]
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Keys x [..., n, D] turned by float32 angles of `positions` [..., n], which may be negative."""
-        r = len(self.inverse)
-        angle = positions[..., None].float() * torch.tensor(self.inverse, device=x.device)
-        cos, sin = torch.cos(angle), torch.sin(angle)
-        a, b, rest = x[..., :r].float(), x[..., r : 2 * r].float(), x[..., 2 * r :].float()
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).to(x.dtype)
+        """Keys x [..., n, D] turned by the angles of `positions` [..., n] or [n], which may be negative, in float32."""
+        at = positions.expand(x.shape[:-1]).reshape(-1, x.shape[-2])
+        flat = x.float().reshape(-1, 1, *x.shape[-2:])
+        return rotary(flat, at, torch.tensor(self.inverse, device=x.device)).view(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True)

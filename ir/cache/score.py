@@ -125,11 +125,6 @@ def sees(q_positions: torch.Tensor, k_positions: torch.Tensor, window: int | Non
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def reduced(mass: torch.Tensor, reduce: Reduce) -> torch.Tensor:
-    """Mass [G, H / G, ...] joined over the group."""
-    return mass.amax(1) if reduce == "max" else mass.sum(1) if reduce == "sum" else mass.mean(1)
-
-
 def seen_by(q_positions: torch.Tensor, k_positions: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """How many of the queries at [n] see each key at [G or 1, S], int64 [G or 1, S]."""
     ordered, k_positions = q_positions.sort().values, k_positions.contiguous()
@@ -138,25 +133,37 @@ def seen_by(q_positions: torch.Tensor, k_positions: torch.Tensor, window: int | 
     return newer - older
 
 
-def query_mass(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_positions: torch.Tensor,
-    k_positions: torch.Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    reduce: Reduce = "mean",
-    seen: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What each query gives to each key, float32 [n, G, S], reduced over the query heads of a KV head.
+@dataclass(frozen=True)
+class Asked:
+    """Whose attention is summed: queries q [H, n, D] over keys k [G, S, D], causal by positions [n] and [G or 1, S].
 
-    For a running score: a step's rows are added when its tokens are accepted. `seen` bool [G or 1, n, S] stands in for
-    what positions say: tokens of a tree see their ancestors only.
+    `window`, `softcap` and `sinks` float32 [H] as in attention. `length` multiplies each query's softmax by the number
+    of keys that it sees. Positions are int64; within a head keys and positions lie side by side, and so do queries.
     """
-    seen = sees(q_positions, k_positions, window) if seen is None else seen
-    return reduced(probabilities(q, k, seen, scale, softcap, sinks), reduce).transpose(0, 1)
+
+    q: torch.Tensor
+    k: torch.Tensor
+    q_positions: torch.Tensor
+    k_positions: torch.Tensor
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    length: bool = False
+
+
+Sums = Callable[[Asked], torch.Tensor]
+
+
+def column_sums(asked: Asked) -> torch.Tensor:
+    """The softmax of each query head summed over the queries, float32 [H, S]; a key that nobody sees gets zero."""
+    (heads, new, _), (groups, stored, _), q = asked.q.shape, asked.k.shape, asked.q
+    summed = q.new_zeros(groups, heads // groups, stored, dtype=torch.float32)
+    for rows in torch.arange(new, device=q.device).split(max(1, LOGITS // (heads * stored))):
+        seen = sees(asked.q_positions[rows], asked.k_positions, asked.window)
+        mass = probabilities(q[:, rows], asked.k, seen, asked.scale, asked.softcap, asked.sinks)
+        summed += (mass * seen.sum(-1)[:, None, :, None] if asked.length else mass).sum(2)
+    return summed.flatten(0, 1)
 
 
 def column_mass(
@@ -170,24 +177,30 @@ def column_mass(
     sinks: torch.Tensor | None = None,
     normalize: Normalize = "none",
     reduce: Reduce = "mean",
-    block: int | None = None,
+    sums: Sums = column_sums,
 ) -> torch.Tensor:
-    """Attention that keys k [G, S, D] get from queries q [H, n, D], summed over them: float32 [G, S].
+    """Attention that keys get from queries, summed over them: float32 [G, S]; tensors as in `Asked`, of any strides.
 
-    Causal by positions, q_positions [n] and k_positions [G or 1, S]. The sums of the H / G query heads of a KV head are
-    joined by `reduce`. `normalize` as in `Score`. `block`: queries at a time; by default as many as 16 M logits allow.
+    The sums of the H / G query heads of a KV head are joined by `reduce`. `normalize` as in `Score`. `sums`: who adds
+    up, `column_sums` or a kernel.
     """
-    heads, (groups, stored) = q.shape[0], k.shape[:2]
-    summed = k.new_zeros(groups, heads // groups, stored, dtype=torch.float32)
-    for rows in torch.arange(q.shape[1], device=q.device).split(block or max(1, LOGITS // max(1, heads * stored))):
-        seen = sees(q_positions[rows], k_positions, window)
-        mass = probabilities(q[:, rows], k, seen, scale, softcap, sinks)
-        if normalize == "length":
-            mass = mass * seen.sum(-1)[:, None, :, None]
-        summed += mass.sum(2)
+    (heads, new, dim), (groups, stored, _) = q.shape, k.shape
+    fits = heads % groups == 0 and k.shape[2] == dim and q_positions.shape == (new,)
+    if not fits or k_positions.shape not in ((1, stored), (groups, stored)):
+        raise ValueError(
+            f"mass: needed are q [H, n, D], keys [G, S, D] where G divides H, and positions [n] and [G or 1, S], not "
+            f"{list(q.shape)}, {list(k.shape)}, {list(q_positions.shape)} and {list(k_positions.shape)}"
+        )
+    if not stored or not new:
+        return k.new_zeros(groups, stored, dtype=torch.float32)
+    q_at, k_at = q_positions.long().contiguous(), k_positions.long()
+    q, k, k_at = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, k_at))
+    sinks = None if sinks is None else sinks.float().contiguous()
+    asked = Asked(q, k, q_at, k_at, scale, window, softcap, sinks, normalize == "length")
+    mass = sums(asked).view(groups, heads // groups, stored)
     if normalize == "count":
-        summed /= seen_by(q_positions, k_positions, window).clamp(min=1)[:, None]
-    return reduced(summed, reduce)
+        mass = mass / seen_by(q_at, k_at, window).clamp(min=1)[:, None]
+    return mass.amax(1) if reduce == "max" else mass.sum(1) if reduce == "sum" else mass.mean(1)
 
 
 def scores(
@@ -203,14 +216,14 @@ def scores(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     count: int | None = None,
-    mass: Callable[..., torch.Tensor] | None = None,
+    sums: Sums = column_sums,
 ) -> torch.Tensor:
     """Scores float32 [G, S] of a row's tokens: keys [G, S, D], values [G, S, E], positions [G or 1, S].
 
     For `attention` the tokens are all that the queries see, sinks and tail among them: a softmax is over all of them;
     whoever chooses among some takes their scores out. It needs the row's queries q [H, n, D], in the frame of the keys,
     at q_positions [n]: of those given, `Score.asks` takes its part, where the newest one is the prompt's last token.
-    `mass`: a kernel that stands in for `column_mass`. `centers` needs `count`: how many tokens will be kept at most;
+    `sums` as in `column_mass`. `centers` needs `count`: how many tokens will be kept at most;
     the others get one low score.
     """
     if score.by == "attention":
@@ -220,11 +233,11 @@ def scores(
         asked = score.asks(q_positions, newest)
         q, q_positions = q[:, asked], q_positions[asked]
         at = positions.expand(keys.shape[:2])
-        how = (scale, window, softcap, sinks, score.normalize, score.reduce)
-        found = (mass or column_mass)(q, keys, q_positions, at, *how)
+        how = (scale, window, softcap, sinks, score.normalize, score.reduce, sums)
+        found = column_mass(q, keys, q_positions, at, *how)
         if score.combine == "aligned":
             late = q_positions >= newest - score.local
-            found = _aligned(found, (mass or column_mass)(q[:, late], keys, q_positions[late], at, *how))
+            found = _aligned(found, column_mass(q[:, late], keys, q_positions[late], at, *how))
     else:
         found = _plain(score, keys, values, positions, count)
     if score.pool == 1:

@@ -11,6 +11,7 @@ from ..encoding import Parts
 from .body import Body
 from .leave import arrive
 from .plan import Counts, Site
+from .score import Sums, column_sums
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Segments:
         self.tail_q = dense(site.heads, width, site.key_dim) if site.watches else None
         self.tail_mass = torch.zeros(rows, site.kv_heads, width, device=device) if site.running else None
         self.sink_at = torch.zeros(rows, site.kv_heads, dtype=torch.int32, device=device) if site.compact else None
+        self.sums: Sums = column_sums  # who has a kernel for attention by columns puts it here
         self.counted = [0] * rows  # tokens whose queries `tail_mass` and the bodies' masses include
         many = len(site.caps) if site.tail is not None and site.kept else 0
         self.bodies = [

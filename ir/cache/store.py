@@ -52,8 +52,9 @@ class Cache:
         self.lengths = [0] * batch
         self.prompts = [0] * batch
         self.step: Step | None = None
-        self.ids: list[list[int]] = [[] for _ in range(batch)]  # of the prompts, as far as they were told
+        self.ids: list[list[int]] = [[] for _ in range(batch)]  # of the prompts, where a policy asks
         self._new: list[list[int]] | None = None
+        self._profiles = any(site.select is not None and site.select.policy is not None for site in plan.sites)
         self.segments: dict[int, Segments] = {}
         self._turns: dict[Rope, torch.Tensor] = {}
         self.picked: dict[tuple[int, int], torch.Tensor] = {}  # of a step, by layer and row: what is read of the body
@@ -181,7 +182,8 @@ class Cache:
         self._reserve(max(positions.shape[1], room))
         self.picked.clear()
         self.step = Step(positions.contiguous(), valid, ancestors)
-        self._new = tokens.tolist() if tokens is not None and self.prefilling else None
+        told = tokens is not None and self.prefilling and self._profiles
+        self._new = tokens.tolist() if tokens is not None and told else None
 
     def _check_continues(self, positions: torch.Tensor, valid: torch.Tensor) -> None:
         """Every valid token must stand right behind the row's last one, within the context."""

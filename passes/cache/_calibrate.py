@@ -47,14 +47,13 @@ class _Recorder:
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         site = self.plan[layer]
         positions = torch.arange(k.shape[2])
-        turned = site.frame == "pre" and site.rope is not None
-        plain = site.rope.turn(k, -positions) if turned and site.rope else k
+        plain = site.unrotates.turn(k, -positions) if site.unrotates else k
         noted = []
         for role, x in (("keys", plain), ("values", v)):
             self.first[layer, role] = x.detach()
             self.slack[layer, role] = torch.zeros_like(x, requires_grad=True)
             noted.append(x + self.slack[layer, role])
-        self.now = (site.rope.turn(noted[0], positions) if turned and site.rope else noted[0]), noted[1]
+        self.now = (site.unrotates.turn(noted[0], positions) if site.unrotates else noted[0]), noted[1]
 
     def attend(
         self,

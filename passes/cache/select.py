@@ -98,20 +98,20 @@ class Select(Pass):
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Set the selection of every site that is not skipped."""
         assert program.cache is not None
-        if self.policy is not None and not (self.policy.special or self.policy.punctuation):
-            classes: dict[str, Any] = {name: tuple(ids) for name, ids in program.facts.pop("token_classes", {}).items()}
-            return replace(self, policy=replace(self.policy, **classes))._applied(program)
-        return self._applied(program)
-
-    def _applied(self, program: Program) -> Outcome:
-        assert program.cache is not None
-        sites = self._sites(program.cache)
+        step, sites = self._spelled(program), self._sites(program.cache)
         skipped = {f"layer {site.layer}": "named in skip_layers" for site in program.cache.sites if site not in sites}
-        program.cache = changed(program.cache, sites, self._selected)
+        program.cache = changed(program.cache, sites, step._selected)
         program.touch("cache")
         strange = _strange_norms(program) if self._by_norm(program.cache) else None
         notes = {"key_norm": strange} if strange else {}
         return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped, notes)
+
+    def _spelled(self, program: Program) -> Select:
+        """This step with the classes of tokens that capture found in the tokenizer, where it names none."""
+        if self.policy is None or self.policy.special or self.policy.punctuation:
+            return self
+        classes: dict[str, Any] = program.facts.pop("token_classes", {})
+        return replace(self, policy=replace(self.policy, **classes))
 
     def _by_norm(self, plan: cache.CachePlan) -> bool:
         return any(site.select is not None and site.select.score.by == "key_norm" for site in plan.sites)

@@ -69,10 +69,9 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     scale: float = 0.125,
-    lse: torch.Tensor | None = None,
     picks: Picks | None = None,
 ) -> torch.Tensor:
     site = cache.plan[0]
     out = torch.full((*q.shape[:3], site.value_dim), float("nan"))
-    kernel(site).bind(cache, 0, q, out, scale, softcap, sinks, lse, picks)()
+    kernel(site).bind(cache, 0, q, out, scale, softcap, sinks, picks)()
     return out

@@ -8,11 +8,9 @@ import torch
 
 from smelt.codegen.attention_loaders import row
 from smelt.codegen.build import build
-from smelt.codegen.hoist import scattered
 from smelt.codegen.printers import cpp
-from smelt.ir.encoding import Affine, Encoding, LowRank, Rotated, Sparse, Sum
-from smelt.ir.encoding.expr import Expr, Scatter, stored
-from smelt.ir.encoding.expr import k as COLUMN
+from smelt.ir.encoding import Affine, Encoding, Rotated, Sparse
+from smelt.ir.encoding.expr import Expr, stored
 
 from ..ir.encoding.examples import EXAMPLES, samples
 
@@ -91,12 +89,3 @@ def test_a_wrong_text_is_seen(encoding: Encoding, right: str, wrong: str) -> Non
     parts, decoded = held(encoding)
     for how in ("scalar", "vector"):
         assert (call(library, f"mutant_{how}", expr, parts) - decoded).abs().max() > 0.1
-
-
-def test_lists_of_columns_can_be_added_to_a_row() -> None:
-    whole = Sum((Affine(4, 64), Sparse(2), LowRank(2), Sparse(1, "magnitude", "channel")))
-    rest, lists = scattered(whole.expr((ROWS, COLUMNS)))
-    assert set(stored(rest)) == {"a_codes", "a_scale", "c_left", "c_right", "d_index", "d_value"}
-    assert [type(each) for each in lists] == [Scatter] and lists[0].place == COLUMN
-    assert [len(lists[0].entries), cpp.scalar(lists[0].entries[1][0])] == [2, "(int32_t)b_index[(1 + (2 * n))]"]
-    assert scattered(Sparse(2).expr((ROWS, COLUMNS)))[0] is None

@@ -15,7 +15,7 @@ from smelt.passes.cache.insert import Insert
 from smelt.runtime.session import Session
 
 from ..ir.programs import captured
-from .triton_checks import compiled, in_the_interpreter, interpreted, usage
+from .triton_checks import INTERPRETED, compiled, in_the_interpreter, interpreted, usage
 
 pytest.importorskip("triton")
 
@@ -86,7 +86,7 @@ def test_the_comparison_catches_a_wrong_kernel(right, wrong, monkeypatch):
     assert error(PLAIN, SMALL, [150]) > 100 * TOLERANCE["float32"]
 
 
-@pytest.mark.skipif("__import__('os').environ.get('TRITON_INTERPRET') == '1'", reason="is the parent process")
+@pytest.mark.skipif(INTERPRETED, reason="is the parent process")
 def test_everything_holds_in_the_interpreter():
     in_the_interpreter(__file__)
 

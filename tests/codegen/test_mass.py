@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smelt.codegen import mass
-from smelt.codegen.mass import KEYS, bind, column_mass
+from smelt.codegen.mass import column_sums
 from smelt.ir.cache import score
 from smelt.ir.errors import SmeltError
 
@@ -36,6 +36,11 @@ def options(heads):
     yield {"softcap": 2.0, "sinks": torch.linspace(-2, 3, heads)}
 
 
+def column_mass(*given, **more):
+    """The kernel's."""
+    return score.column_mass(*given, **more, sums=column_sums)
+
+
 def error(got, want):
     return float(((got - want).abs().nan_to_num(nan=9.0) / want.abs().amax().clamp(min=1e-3)).max())
 
@@ -49,38 +54,6 @@ def test_the_kernel_sums_columns_as_the_reference(shape, queries, keys):
             got = column_mass(q, k, q_at, k_at, 0.3, **more, normalize=normalize, reduce=reduce)
             want = score.column_mass(q, k, q_at, k_at, 0.3, **more, normalize=normalize, reduce=reduce)
             assert got.shape == want.shape and error(got, want) < TOLERANCE, (more, normalize)
-
-
-@every_shape
-@pytest.mark.parametrize(("queries", "keys"), SIZES)
-def test_the_kernel_gives_a_mass_for_each_query(shape, queries, keys):
-    q, k, q_at, k_at = given(shape, queries, keys)
-    for more, reduce in zip(options(shape[0]), ("mean", "max", "sum"), strict=True):
-        out = torch.full((queries, k.shape[0], keys), float("nan"))
-        bind(q, k, q_at, k_at, out, 0.3, **more, each=reduce)()
-        assert error(out, score.query_mass(q, k, q_at, k_at, 0.3, **more, reduce=reduce)) < TOLERANCE
-
-
-def tree(queries, keys, k_at):
-    """A step's own keys stand last; a new token sees the first new one and itself. (bits, seen [G, n, S])"""
-    own = torch.eye(queries, dtype=torch.bool)
-    own[:, 0] = True
-    words = torch.zeros(queries, -(-queries // 64), dtype=torch.int64)
-    for i, j in own.nonzero().tolist():
-        words[i, j // 64] |= (1 << (j % 64)) - (1 << 64 if j % 64 == 63 else 0)
-    seen = torch.ones(len(k_at), queries, keys, dtype=torch.bool)
-    seen[..., keys - queries :] = own
-    return words, seen
-
-
-@pytest.mark.parametrize("queries", [1, 5, 64, 65])
-def test_a_token_of_a_tree_sees_its_ancestors(queries):
-    q, k, _, k_at = given(SHAPES["even"], queries, 200)
-    words, seen = tree(queries, 200, k_at)
-    q_at = torch.full((queries,), 500)
-    out = torch.full((queries, 2, 200), float("nan"))
-    bind(q, k, q_at, k_at, out, 0.3, each="mean", visible=words, fresh=queries)()
-    assert error(out, score.query_mass(q, k, q_at, k_at, 0.3, seen=seen)) < TOLERANCE
 
 
 def test_blocks_of_queries_share_the_scratch(monkeypatch):
@@ -98,22 +71,6 @@ def test_the_bits_do_not_depend_on_threads(monkeypatch):
     assert torch.equal(column_mass(q, k, q_at, k_at, 0.3), together)
 
 
-def test_a_buffer_may_be_filled_in_part_and_have_holes():
-    q, k, q_at, k_at = given(SHAPES["even"], 7, 300)
-    hole = k_at.clone()
-    hole[:, 9] = 1 << 40
-    out = torch.full((4, 300), float("nan"))
-    made = bind(q, k, q_at, hole, out, 0.3)
-    for keys in (300, 77):
-        out.fill_(float("nan"))
-        made.words[KEYS] = keys
-        made()
-        rest = [s for s in range(keys) if s != 9]
-        want = score.column_mass(q, k[:, rest], q_at, k_at[:, rest], 0.3)
-        assert error(out.unflatten(0, (2, 2)).mean(1)[:, rest], want) < TOLERANCE
-        assert (out[:, 9] == 0).all() and out[:, keys:].isnan().all()
-
-
 def test_any_strides_and_halves_will_do():
     q, k, q_at, k_at = given(SHAPES["odd"], 7, 63)
     whole = column_mass(q, k, q_at, k_at, 0.3)
@@ -127,7 +84,7 @@ def test_any_strides_and_halves_will_do():
 def test_scores_take_the_kernel(options):
     q, k, q_at, k_at = given(SHAPES["even"], 40, 63)
     given_all = (score.Score(**options), k, k, k_at, q, q_at)
-    got = score.scores(*given_all, scale=0.3, mass=column_mass)
+    got = score.scores(*given_all, scale=0.3, sums=column_sums)
     assert error(got, score.scores(*given_all, scale=0.3)) < TOLERANCE
 
 
@@ -136,9 +93,8 @@ def test_queries_that_see_nothing_give_nothing_and_nan_shows():
     assert (column_mass(q, k, q_at - 100, k_at, 0.3) == 0).all()
     assert column_mass(q[:, :0], k, q_at[:0], k_at, 0.3).shape == (2, 40)
     q[1, 2, 3] = float("nan")
-    out = torch.zeros(3, 2, 40)
-    bind(q, k, q_at, k_at, out, 0.3, each="sum")()
-    assert out[2, 0].isnan().any() and out[:2].isfinite().all() and out[2, 1].isfinite().all()
+    found = column_mass(q, k, q_at, k_at, 0.3)
+    assert found[0].isnan().any() and found[1].isfinite().all()
 
 
 MUTANTS = {
@@ -167,9 +123,5 @@ def test_what_it_cannot_read_is_named():
     q, k, q_at, k_at = given(SHAPES["even"], 3, 40)
     with pytest.raises(SmeltError, match="not int8; decode them"):
         column_mass(q, k.to(torch.int8), q_at, k_at, 0.3)
-    with pytest.raises(SmeltError, match="3 query heads do not share 2 KV heads"):
-        mass.function(3, 2, 64, "float32")
-    with pytest.raises(ValueError, match=r"out \[4, 40\], each contiguous"):
-        bind(q, k, q_at, k_at, torch.empty(4, 39), 0.3)
-    with pytest.raises(ValueError, match="visible is int64"):
-        bind(q, k, q_at, k_at, torch.empty(4, 40), 0.3, visible=torch.zeros(3, 2, dtype=torch.int64), fresh=3)
+    with pytest.raises(ValueError, match=r"where G divides H, .*, not \[3, 3, 64\], \[2, 40, 64\]"):
+        column_mass(q[:3], k, q_at, k_at, 0.3)

@@ -5,12 +5,12 @@ import torch
 
 from smelt.codegen import mass_triton
 from smelt.codegen.autotune_triton import Tile
-from smelt.codegen.mass_triton import OPTIONS, column_mass, covers, launches, scratch, shape, signatures, splits
+from smelt.codegen.mass_triton import OPTIONS, column_sums, covers, shape, signatures, splits
 from smelt.codegen.triton_module import load
 from smelt.ir.cache import score
 from smelt.ir.errors import SmeltError
 
-from .test_mass import SHAPES, error, given, options, tree
+from .test_mass import SHAPES, error, given, options
 from .triton_checks import INTERPRETED, compiled, in_the_interpreter, interpreted, usage
 
 pytest.importorskip("triton")
@@ -18,6 +18,11 @@ pytest.importorskip("triton")
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # halves: the query takes the keys' type
 CASES = [("even", 7, 70), ("odd", 1, 63), ("odd", 18, 70), ("many", 3, 40)]  # the interpreter's bfloat16 is wrong
 SHAPES = SHAPES | {"many": (24, 1, 128, torch.float16)}
+
+
+def column_mass(*given, **more):
+    """The kernels'."""
+    return score.column_mass(*given, **more, sums=column_sums)
 
 
 @interpreted
@@ -29,50 +34,6 @@ def test_the_kernels_sum_columns_as_the_reference(name, queries, keys):
         got = column_mass(q, k, q_at, k_at, 0.2, **more, normalize=normalize, reduce=reduce)
         want = score.column_mass(q, k, q_at, k_at, 0.2, **more, normalize=normalize, reduce=reduce)
         assert error(got, want) < TOLERANCE[k.dtype], more
-
-
-def masses(q, k, q_at, k_at, reduce="mean", **more):
-    """A mass for each query, from memory that was NaN."""
-    out = torch.full((q.shape[1], *k.shape[:2]), float("nan"), device=q.device)
-    stats = torch.full((scratch(q, k),), float("nan"), device=q.device)
-    for launch in launches(q, k, q_at, k_at, out, 0.2, each=reduce, stats=stats, **more):
-        launch()
-    return out
-
-
-@interpreted
-@pytest.mark.parametrize(("name", "queries", "keys"), CASES)
-def test_the_kernels_give_a_mass_for_each_query(name, queries, keys):
-    q, k, q_at, k_at = given(SHAPES[name], queries, keys)
-    for more, reduce in zip(options(q.shape[0]), ("mean", "max", "sum"), strict=True):
-        want = score.query_mass(q, k, q_at, k_at, 0.2, **more, reduce=reduce)
-        assert error(masses(q, k, q_at, k_at, reduce, **more), want) < TOLERANCE[k.dtype]
-
-
-@interpreted
-@pytest.mark.parametrize("queries", [3, 65])
-def test_a_token_of_a_tree_sees_its_ancestors(queries):
-    q, k, _, k_at = given(SHAPES["even"], queries, 100)
-    words, seen = tree(queries, 100, k_at)
-    got = masses(q, k, torch.full((queries,), 500), k_at, visible=words, fresh=queries)
-    assert error(got, score.query_mass(q, k, q, k_at, 0.2, seen=seen)) < TOLERANCE[torch.float32]
-
-
-@interpreted
-def test_the_same_launches_serve_a_buffer_that_fills():
-    q, k, q_at, k_at = given(SHAPES["even"], 3, 200)
-    assert splits(3, shape(4, 2, 64, torch.float32, 3), 200)[0] > 1
-    k[:, 150:] = float("nan")
-    used, out = torch.tensor([0]), torch.empty(4, 200)
-    both = launches(q, k, q_at, k_at, out, 0.2, used=used)
-    for keys in (1, 77, 150):
-        out.fill_(float("nan"))
-        used.fill_(keys)
-        for launch in both:
-            launch()
-        want = score.column_mass(q, k[:, :keys], q_at, k_at[:, :keys], 0.2)
-        assert error(out.view(2, 2, -1).mean(1)[:, :keys], want) < TOLERANCE[torch.float32]
-        assert out[:, keys:].isnan().all()
 
 
 @interpreted
@@ -101,7 +62,7 @@ def test_the_comparison_catches_a_wrong_kernel(right, wrong, monkeypatch):
     more = {"window": 130, "sinks": torch.linspace(-2, 3, 4), "normalize": "length"}
     assert right in mass_triton.KERNELS
     monkeypatch.setattr(mass_triton, "PROGRAMS", 8)
-    assert splits(17, shape(4, 2, 64, torch.float32, 17), 150) == (2, 128)
+    assert splits(17, shape(4, 2, 64, torch.float32), 150) == (2, 128)
     wrong_module = load(mass_triton.KERNELS.replace(right, wrong), "mass")
     want = score.column_mass(q, k, q_at, k_at, 0.2, **more)
     if wrong == "total":
@@ -117,20 +78,20 @@ def test_everything_holds_in_the_interpreter():
 
 @compiled
 @pytest.mark.parametrize(
-    ("dtype", "dim", "queries", "each", "capability"),
+    ("dtype", "dim", "queries", "capability"),
     [
-        (torch.float16, 128, 1, 1, 80),
-        (torch.float16, 128, 64, 0, 90),
-        (torch.bfloat16, 256, 64, 0, 80),
-        (torch.float32, 64, 64, 1, 80),
+        (torch.float16, 128, 1, 80),
+        (torch.float16, 128, 64, 90),
+        (torch.bfloat16, 256, 64, 80),
+        (torch.float32, 64, 64, 80),
     ],
 )
-def test_the_kernels_compile_for_a_gpu_without_spilling(dtype, dim, queries, each, capability, tmp_path, monkeypatch):
+def test_the_kernels_compile_for_a_gpu_without_spilling(dtype, dim, queries, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    sizes = shape(32, 8, dim, dtype, queries)
+    sizes = shape(32, 8, dim, dtype)
     tile = Tile(warps=OPTIONS["num_warps"], stages=OPTIONS["num_stages"])
-    flags = {"SOFTCAP": True, "WINDOW": True, "VISIBLE": True, "USED": True}
-    more = {"SINKS": True, "LENGTH": True, "SPLITS": splits(queries, sizes, 32768)[0], "EACH": each}
+    flags = {"SOFTCAP": True, "WINDOW": True}
+    more = {"SINKS": True, "LENGTH": True, "SPLITS": splits(queries, sizes, 32768)[0]}
     for name, types in signatures(dtype).items():
         constants = sizes | flags | (more if name == "columns" else {})
         whole = types | dict.fromkeys(constants, "constexpr")
@@ -145,8 +106,6 @@ def test_the_kernels_compute_the_reference_on_a_gpu(name, queries, keys):
     q, k, q_at, k_at = (each.cuda() for each in given(SHAPES[name], queries, keys))
     got, want = (form(q, k, q_at, k_at, 0.2, 600) for form in (column_mass, score.column_mass))
     assert error(got, want) < 2 * TOLERANCE[k.dtype]
-    each = score.query_mass(q, k, q_at, k_at, 0.2)
-    assert error(masses(q, k, q_at, k_at), each) < 2 * TOLERANCE[k.dtype]
 
 
 def test_it_says_what_it_does_not_cover():
@@ -154,5 +113,3 @@ def test_it_says_what_it_does_not_cover():
     q, k, q_at, k_at = given(SHAPES["even"], 3, 40)
     with pytest.raises(SmeltError, match=r"not torch\.int8; decode them"):
         column_mass(q, k.to(torch.int8), q_at, k_at, 0.2)
-    with pytest.raises(ValueError, match=r"out \[4, 40\], each contiguous"):
-        launches(q, k, q_at, k_at, torch.empty(4, 39), 0.2)

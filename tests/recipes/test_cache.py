@@ -59,9 +59,13 @@ def _model() -> Path:
     for parameter in model.parameters():  # as they are initialised, logits would be flat
         if parameter.dim() > 1:
             parameter.data = torch.randn_like(parameter) * 0.12
-    _model.folder = tempfile.TemporaryDirectory(prefix="smelt-recipes-")  # type: ignore[attr-defined]
-    model.save_pretrained(_model.folder.name)  # type: ignore[attr-defined]
-    return Path(_model.folder.name)  # type: ignore[attr-defined]
+    model.save_pretrained(_place().name)
+    return Path(_place().name)
+
+
+@functools.cache
+def _place() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="smelt-recipes-")  # kept by the cache until the interpreter ends
 
 
 def _tokens(count: int, seed: int) -> list[int]:

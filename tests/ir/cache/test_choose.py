@@ -1,9 +1,9 @@
-"""Which tokens are kept: even and adaptive numbers, tiers, and centers, deterministic among equals."""
+"""Which tokens are kept: even and adaptive numbers, and centers, deterministic among equals."""
 
 import pytest
 import torch
 
-from smelt.ir.cache.choose import adaptive, centers, centers_order, choose, tiers
+from smelt.ir.cache.choose import adaptive, centers_order, choose
 from smelt.ir.errors import SmeltError
 
 
@@ -50,24 +50,6 @@ def test_adaptive_keeps_the_sum_and_the_most_score(floor):
         assert kept == pytest.approx(float(scores.flatten().sort(descending=True).values[:44].sum()))
 
 
-@pytest.mark.parametrize("n", [10, 11, 1, 0])
-@pytest.mark.parametrize("shares", [(0.6, 0.4), (0.1, 0.2, 0.3), (1.0,), (0.5, 0.0, 0.5)])
-def test_tiers_part_the_tokens_by_rank(n, shares):
-    scores = random(3, n, seed=n)
-    found = tiers(scores, shares)
-    assert len(found) == len(shares)
-    for g in range(3):
-        all_of = torch.cat([tier[g] for tier in found])
-        assert all_of.unique().numel() == all_of.numel() == round(sum(shares) * n)
-        for tier in found:
-            assert (tier[g].diff() > 0).all()
-        ranks = scores[g].argsort(descending=True).argsort()
-        upto = 0
-        for tier in found:
-            assert sorted(ranks[tier[g]].tolist()) == list(range(upto, upto + tier.shape[1]))
-            upto += tier.shape[1]
-
-
 def test_centers_are_the_greedy_ones():
     keys = random(2, 40, 5)
     for head, order in enumerate(centers_order(keys, 9).tolist()):
@@ -75,14 +57,13 @@ def test_centers_are_the_greedy_ones():
         while len(want) < 9:
             want.append(int(torch.cdist(keys[head], keys[head, want]).amin(-1).argmax()))
         assert order == want
-    assert lists(centers(keys, 9)) == [sorted(order) for order in centers_order(keys, 9).tolist()]
 
 
 def test_centers_find_every_cluster_and_no_token_twice():
     keys = torch.randn(1, 6, 8).repeat_interleave(7, 1)  # six points, seven times each
-    found = centers(keys, 6)[0]
+    found = centers_order(keys, 6)[0]
     assert sorted((found // 7).tolist()) == list(range(6)) and (found % 7 == 0).all()
-    assert centers(keys, 42)[0].tolist() == list(range(42))
+    assert sorted(centers_order(keys, 42)[0].tolist()) == list(range(42))
 
 
 def test_impossible_numbers_are_refused():
@@ -93,7 +74,5 @@ def test_impossible_numbers_are_refused():
         choose(scores, [1])
     with pytest.raises(SmeltError, match=r"with a floor of 1\.5"):
         adaptive(scores, 2, 1.5)
-    with pytest.raises(SmeltError, match="more than 1"):
-        tiers(scores, (0.7, 0.4))
     with pytest.raises(SmeltError, match="have no 6 centers"):
-        centers(torch.zeros(2, 5, 3), 6)
+        centers_order(torch.zeros(2, 5, 3), 6)
