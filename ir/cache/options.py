@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
@@ -26,9 +27,13 @@ class Rope:
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys x [..., n, D] turned by the angles of `positions` [..., n] or [n], which may be negative, in float32."""
-        at = positions.expand(x.shape[:-1]).reshape(-1, x.shape[-2])
-        flat = x.float().reshape(-1, 1, *x.shape[-2:])
-        return rotary(flat, at, torch.tensor(self.inverse, device=x.device)).view(x.shape).to(x.dtype)
+        rows, (tokens, dim) = math.prod(x.shape[:-2]), x.shape[-2:]
+        at = positions.expand(x.shape[:-1]).reshape(rows, tokens)
+        return (
+            rotary(x.float().reshape(rows, 1, tokens, dim), at, torch.tensor(self.inverse, device=x.device))
+            .view(x.shape)
+            .to(x.dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class Select:
     with `page` the oldest whole pages go when it is exceeded, so that memory is constant (0: nothing is kept).
     `heads`: `even` gives every KV head the same number, `adaptive` shares a layer's sum by score, each head keeping
     `floor` of its even part (Ada-KV, 2024), `policy` asks `policy` for each head (FastGen, 2023).
+    `chunk`: a prompt is read in chunks of so many tokens, each with the question, the newest `queries` tokens of the
+    prompt, behind it; after each chunk the question chooses among what was kept and the chunk, and is taken back
+    (Finch, 2024). None: the prompt is one chunk.
     """
 
     score: Score
@@ -74,6 +82,7 @@ class Select:
     heads: Literal["even", "adaptive", "policy"] = "even"
     floor: float = 0.2
     policy: Policy | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.score, str):
@@ -104,6 +113,8 @@ class Select:
             yield f"heads: {self.heads} divides a prompt's tokens: it needs when: prompt"
         if (self.heads == "policy") != (self.policy is not None):
             yield "heads: policy and the option policy come together"
+        if self.chunk is not None:
+            yield from self._chunk_faults(self.chunk)
         if self.when == "page" and self.score.by not in (
             "key_norm",
             "value_norm",
@@ -113,6 +124,23 @@ class Select:
             "attention",
         ):
             yield f"a page that leaves has no score by {self.score.by}: use when: prompt or overflow"
+
+    def _chunk_faults(self, chunk: int) -> Iterator[str]:
+        score = self.score
+        if chunk < 1:
+            yield f"a chunk of {chunk} tokens reads nothing of the prompt; null reads it as one chunk"
+        if self.when != "prompt" or self.heads != "even":
+            yield "chunk reads a prompt, and every head keeps as many of its tokens: it needs when: prompt, heads: even"
+        if score.by != "attention" or (score.queries or 0) < 1 or score.probes:
+            yield (
+                "the question behind a chunk chooses by its attention: chunk needs a score by attention whose queries "
+                "are a number of tokens, without probes"
+            )
+
+    @property
+    def question(self) -> int:
+        """Newest tokens of a prompt that stand behind each chunk of it; 0 where it is read as one."""
+        return int(self.score.queries or 0) if self.chunk is not None else 0
 
     @property
     def scattered(self) -> bool:
@@ -124,6 +152,8 @@ class Select:
 class Merge:
     """What becomes of tokens that are not kept: the best `share` of them join their nearest survivor (EMS, 2024).
 
+    `cover`: of these only as many of each head as it takes for survivors and merged tokens to hold that share of the
+    head's score; the rest is irrelevant to it and gone. None: `share` alone decides, alike in all heads.
     Keys are averaged un-rotated; `values_only` leaves the survivors' keys as they are. Tokens whose cosine to every
     survivor is below `threshold` go to the zero class, which is dropped. A survivor of n tokens gets ln n on its logit.
     """
@@ -131,8 +161,11 @@ class Merge:
     share: float = 0.5
     threshold: float = 0.0
     values_only: bool = False
+    cover: float | None = None
 
     def __post_init__(self) -> None:
+        if self.cover is not None and not 0.0 < self.cover <= 1.0:
+            raise SmeltError(f"merge: cover is a share of a head's score above 0, at most 1, not {self.cover}")
         if not 0.0 < self.share <= 1.0:
             raise SmeltError(f"merge: share is a fraction of the tokens that are not kept, not {self.share}")
         if not -1.0 <= self.threshold < 1.0:
