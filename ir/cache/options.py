@@ -29,11 +29,8 @@ class Rope:
         """Keys x [..., n, D] turned by the angles of `positions` [..., n] or [n], which may be negative, in float32."""
         rows, (tokens, dim) = math.prod(x.shape[:-2]), x.shape[-2:]
         at = positions.expand(x.shape[:-1]).reshape(rows, tokens)
-        return (
-            rotary(x.float().reshape(rows, 1, tokens, dim), at, torch.tensor(self.inverse, device=x.device))
-            .view(x.shape)
-            .to(x.dtype)
-        )
+        inverse = torch.tensor(self.inverse, device=x.device)
+        return rotary(x.float().reshape(rows, 1, tokens, dim), at, inverse).view(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True)
