@@ -215,6 +215,13 @@ def _told(named: Mapping[str, Recipe]) -> Iterator[tuple[str, Recipe]]:
 
 def _tell(rows: Mapping[str, Mapping[str, Any]], sizes: Sizes, options: argparse.Namespace) -> None:
     """Print the table and the bars, write the JSON."""
+    place = options.results / f"cache-{datetime.date.today().isoformat()}.json"
+    if options.add and place.is_file():
+        before = json.loads(place.read_text())
+        if before["sizes"] != json.loads(json.dumps(asdict(sizes))):
+            print(f"{place}: measured at other sizes, and replaced", file=sys.stderr)
+        else:
+            rows = {**before["rows"], **rows}
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(report.table(rows, f"caches at {sizes.recall} tokens"))
     said = list(report.lines(rows))
@@ -229,7 +236,6 @@ def _tell(rows: Mapping[str, Mapping[str, Any]], sizes: Sizes, options: argparse
         "smelt": smelt.__version__,
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    place = options.results / f"cache-{facts['date']}.json"
     place.write_text(json.dumps({**facts, "rows": rows, "bars": said}, indent=1) + "\n")
     print(f"written to {place}", file=sys.stderr)
 
@@ -249,6 +255,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--install", action="store_true", help="make the peers' environment if it is missing")
     parser.add_argument("--work", type=Path, default=work, help="folder of the trained model, kept")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
+    parser.add_argument("--add", action="store_true", help="keep the rows of today's JSON that are not measured again")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     options = parser.parse_args()
     if options.quick and options.recall_model is None:
