@@ -267,11 +267,22 @@ class Hoarding(Pool):
 @settings(max_examples=60)
 @given(programs())
 def test_sharing_buffers_changes_nothing(program: Program) -> None:
+    _sharing_changes_nothing(program, "torch")
+
+
+@settings(max_examples=15)
+@given(programs())
+def test_sharing_buffers_changes_nothing_between_kernels(program: Program) -> None:
+    """Fewer, for each is compiled; what is shared when is decided alike."""
+    _sharing_changes_nothing(program, "cpp")
+
+
+def _sharing_changes_nothing(program: Program, target: str) -> None:
     inputs = {"x": random(4, 6), "z": random(4, 6, seed=1)}
-    shared = bind(program, inputs)
+    shared = bind(program, inputs, target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("smelt.runtime.bound.Pool", Hoarding)
-        apart = bind(program, inputs)
+        apart = bind(program, inputs, target)
     first, alone = ran(shared), ran(apart)
     assert all(torch.equal(first[n], alone[n]) for n in alone)
     assert off(first, interpret(program, inputs)) < TOLERANCE
