@@ -57,6 +57,7 @@ CASES: Mapping[str, Sequence[Mapping[str, Any] | str]] = {
     "retrieve: pages": [{"cache.retrieve": {"by": "pages", "budget": 32, "dense_layers": 1, **SMALL}}],
     "retrieve: scan": [{"cache.retrieve": {"by": "scan", "budget": 32, "dense_layers": 1, **SMALL}}],
     "retrieve: reuse": [{"cache.retrieve": {"by": "reuse", "layers": [0], "budget": 32, "dense_layers": 0, **SMALL}}],
+    "estimate": [{"cache.estimate": {"values": 16, "clusters": 1, "samples": 8, **SMALL}}],
     "code": [{"cache.code": {}}],
     "edit": [{"cache.edit": {}}],
     "parallel": [{"cache.parallel": {}}],

@@ -11,7 +11,6 @@ import torch
 from ..ir.cache import Cache, Site
 from ..ir.cache.body import Body
 from ..ir.errors import SmeltError
-from . import attention_triton_lists
 from .attention import Picks
 from .attention_triton_source import PIECES, ROWS, TILE, Scan, parameters, scans, source
 from .product_triton import POINTERS
@@ -32,7 +31,7 @@ def covers(site: Site) -> str | None:
     """Why a site's attention is not computed by these kernels, or None."""
     if site.predict is not None:
         return "a layer's tokens are rebuilt from the layer before, which no kernel does"
-    return _unprinted(site) or attention_triton_lists.refuses(site)
+    return _unprinted(site)
 
 
 def _unprinted(site: Site) -> str | None:
@@ -120,7 +119,7 @@ class TritonAttention:
         given: dict[str, Any] = {"q": q, "out": out, "work": work, "stats": stats, "counts": cache.counts(layer)}
         given |= {name: getattr(segments, name) for name in ("sink_k", "sink_v", "tail_k", "tail_v")}
         for body, scan in zip(segments.bodies, self._scans, strict=True):
-            given |= _held(body, scan)
+            given |= held(body, scan)
         given |= {"sink_at": segments.sink_at, "turns": cache.turns(layer), "sinks": sinks}
         given |= {"positions": step.positions, "visible": step.words, "B": cache.batch, "T": new, "P": programs}
         given |= dict(zip(("q_row", "q_head", "q_token"), q.stride(), strict=False))
@@ -166,14 +165,15 @@ class TritonAttention:
         return OCCUPANCY * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _held(body: Body, scan: Scan) -> dict[str, Any]:
+def held(body: Body, scan: Scan) -> dict[str, Any]:
     """The buffers of a body as arguments."""
     given: dict[str, Any] = {}
     for part in scan.form.parts:
         stored = body.keys if part.role == "keys" else body.values
-        held = body.tables[part.role][part.name] if part.shared else stored[part.name]
-        given[scan.name(part)] = held
-        given[f"{scan.name(part)}_step"] = held.stride(0) if len(held) > 1 else 0
+        buffer = body.tables[part.role].get(part.name) if part.shared else stored[part.name]
+        buffer = part.sample.to(body.device) if buffer is None else buffer  # what needs no data, as a rotation
+        given[scan.name(part)] = buffer
+        given[f"{scan.name(part)}_step"] = buffer.stride(0) if len(buffer) > 1 else 0
     at = scan.number
     given |= {f"pages{at}": body.pages, f"table{at}": body.table, f"held{at}": body.held, f"P{at}": body.table.shape[2]}
     return given | {f"places{at}": body.places, f"bias{at}": body.bias}

@@ -1,7 +1,9 @@
 """The Triton text of the scan over one body of a cache site; `attention_triton_source.py` fills in how pages are read.
 
 Read are its pages as they lie, the pages that a query's list names, or the tokens of such a list.
-A list belongs to one new token: its tiles are read for the rows of that token alone.
+A list belongs to one new token: its tiles are read for the rows of that token alone. A body whose rows were rotated
+before they were encoded is read by rotated queries, and the value in its frame: it is rotated there before the scan, if
+other tokens are in it already, and back behind it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,40 @@ def token_$role($parts, n):
     k = tl.arange(0, $pad)[None, :]
     return $value
 
+""")
+
+SPUN = """
+@triton.jit
+def spun(x, live, matrix, INVERSE: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr):
+    # rows of float32 at x [M, 1] times a rotation [DIM, DIM], or times its inverse; tl.dot in float32 would spill
+    e = tl.arange(0, PAD)[None, :]
+    y = tl.zeros((M, PAD), tl.float32)
+    for first in range(0, DIM, 4):
+        for k in tl.static_range(4):  # eight spill on sm_90
+            at = first + k + e * DIM if INVERSE else (first + k) * DIM + e
+            y += tl.load(x + first + k, mask=live, other=0) * tl.load(matrix + at, mask=e < DIM, other=0)
+    return y
+
+
+@triton.jit
+def spun_value(acc, own, live, matrix, INVERSE: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr):
+    e = tl.arange(0, PAD)[None, :]
+    tl.store(own + e, acc, mask=live & (e < DIM))  # to other threads, through the program's place in the scratch
+    tl.debug_barrier()
+    y = spun(own, live, matrix, INVERSE, M, DIM, PAD)
+    tl.debug_barrier()
+    return y
+
+"""
+
+SPUN_SCAN = Template("""\
+        mine$body = tl.maximum(low - before, 0) < tl.minimum(high - before, n_body$body)
+        own = work + ((2 * program + (low == 0).to(tl.int64)) * M + tl.arange(0, M))[:, None] * $value_dim
+        if mine$body:
+$into
+$scan
+        if mine$body:
+$back
 """)
 
 WHOLE = Template("""\

@@ -16,46 +16,20 @@ from typing import Any
 
 from ..ir.cache import Site
 from ..ir.encoding.expr import Bin, Cast, Expr, Load, Take, k, n, substitute
-from .attention_loaders import Form, Part
+from .attention_loaders import SPIN, Form, Part
 from .attention_source import forms
-from .attention_triton_bodies import KEYS, LISTED, PAGE, PAGES, TOKEN, TOKENS, VALUES, WHOLE
+from .attention_triton_bodies import KEYS, LISTED, PAGE, PAGES, SPUN, SPUN_SCAN, TOKEN, TOKENS, VALUES, WHOLE
 from .attention_triton_columns import tile
-from .attention_triton_template import ANGLES, KERNEL, KEY_ROWS, SINK_SCAN
+from .attention_triton_pieces import Pieces, angles, lined, neighbours, padded, products, query
+from .attention_triton_template import KERNEL, KEY_ROWS, SINK_SCAN
 from .printers import triton as printer
 from .product_triton import POINTERS
 
 TILE = 32  # tokens of a tile
-LOOKED_UP = 16  # tokens of a tile whose keys turn and come out of tables: each takes an address of 64 bits
+LOOKED_UP = 16  # tokens of a tile of rows that turn, or were rotated, and come out of tables: addresses of 64 bits
 ROWS = 16  # query rows of a program: the fewest that tl.dot takes; from 32 on, 128 channels spill on sm_80 and sm_90
 PIECES = 16  # pieces of a unit that are merged at once
 LISTS = {"pages": "pages", "scan": "tokens", "reuse": "tokens"}  # what entries of a site's lists are
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Columns of keys that are read as tiles of their own, (first, count); the first two turn together."""
-
-    spans: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, site: Site) -> Pieces:
-        """One piece, unless keys turn when they are read."""
-        if site.rope is None or site.frame != "pre":
-            return cls(((0, site.key_dim),))
-        r = len(site.rope.inverse)
-        rest = ((2 * r, site.key_dim - 2 * r),) if 2 * r < site.key_dim else ()
-        return cls(((0, r), (r, r), *rest))
-
-    def names(self, name: str) -> str:
-        """An argument for each piece."""
-        return ", ".join(f"{name}_{i}" for i in range(len(self.spans)))
-
-    def keys(self, call: str, spaces: int, turned: bool) -> str:
-        """Lines that set `key_i` to `call`, where `{}` is the piece; `turned`: by `cos` and `sin`."""
-        lines = [f"key_{i} = {call.format(i)}" for i in range(len(self.spans))]
-        if turned:
-            lines.append("key_0, key_1 = key_0 * cos - key_1 * sin, key_1 * cos + key_0 * sin")
-        return _lines(lines, spaces)
 
 
 @dataclass(frozen=True)
@@ -79,7 +53,8 @@ class Scan:
     @cached_property
     def tile(self) -> int:
         """Tokens of a tile."""
-        looked_up = self.form.turned and any(takes(expr) for _, _, expr, _ in self._columns())
+        moved = self.form.turned or any(self.form.spins)
+        looked_up = moved and any(takes(expr) for _, _, expr, _ in self._columns())
         return LOOKED_UP if looked_up else TILE
 
     @property
@@ -87,17 +62,17 @@ class Scan:
         """What the kernel needs of the body, with Triton's types."""
         at = self.number
         found = {self.name(part): POINTERS[str(part.sample.dtype).removeprefix("torch.")] for part in self.form.parts}
-        found |= {f"{self.name(part)}_step": "i32" for part in self.form.parts if part.shared}
+        found |= {f"{self.name(part)}_step": "i32" for part in self.form.parts if part.shared and part.name != SPIN}
         found |= {f"pages{at}": "*i32", f"table{at}": "*i32", f"P{at}": "i32"}
         found |= {f"places{at}": "*i32"} if self.site.places else {}
-        return found | ({f"bias{at}": "*fp32"} if self.site.merge is not None else {})
+        return found | ({f"bias{at}": "*fp32"} if self.site.weighs else {})
 
     def name(self, part: Part) -> str:
         """A part's parameter."""
         return f"{part.role}{self.number}_{part.name}"
 
     def _of(self, role: str) -> list[Part]:
-        return [part for part in self.form.parts if part.role == role]
+        return [part for part in self.form.parts if part.role == role and part.name != SPIN]
 
     def _here(self, role: str, slot: str) -> str:
         """The parts at a slot, as arguments; tables are those of the KV head.
@@ -139,14 +114,39 @@ class Scan:
         text["queries"] = Pieces.of(self.site).names("query")
         whole = WHOLE.substitute(text, page=self._page(text))
         if self.lists is None:
-            return whole
+            return self._spun(whole)
         if self.lists == "pages":
             read = PAGES.substitute(text, page=indent(self._page(text), 4 * " "))
             some = f"some * {self.tiles}"
         else:
             read, some = self._tokens(text), f"(some + {self.tile - 1}) // {self.tile}"
         listed = LISTED.substitute(text, longest=self.longest, some=some, read=read)
-        return f"        if N is None:\n{indent(whole, 4 * ' ')}        else:\n{indent(listed, 4 * ' ')}"
+        return self._spun(f"        if N is None:\n{indent(whole, 4 * ' ')}        else:\n{indent(listed, 4 * ' ')}")
+
+    def _spun(self, scan: str) -> str:
+        """The loops over a body, in its frame."""
+        keys, values = self.form.spins
+        into, back = [], []
+        if values is not None:
+            dim = self.site.value_dim
+            rest = f"M, {dim}, {padded(dim)}"
+            call = f"acc = spun_value(acc, own, inside[:, None], values{self.number}_{SPIN}"
+            into += ["if low < before:", f"    {call}, True, {rest})"]
+            back += [f"{call}, False, {rest})"]
+        if keys is not None:
+            into += self.spun_query
+            back += query(Pieces.of(self.site))
+        if not into:
+            return scan
+        text = {"body": self.number, "value_dim": self.site.value_dim, "scan": scan.rstrip("\n")}
+        return SPUN_SCAN.substitute(text, into=lined(into, 12), back=lined(back, 12))
+
+    @property
+    def spun_query(self) -> list[str]:
+        """Lines that set a query as rotated keys meet it."""
+        dim = self.site.key_dim
+        rest = f"keys{self.number}_{SPIN}, False, M, {dim}, {padded(dim)}"
+        return [f"query_0 = spun(q + heads[:, None], inside[:, None], {rest}) * scale"]
 
     @property
     def longest(self) -> str:
@@ -155,7 +155,7 @@ class Scan:
 
     def _page(self, text: dict[str, Any]) -> str:
         """Lines that read tile `j` of the page at `slot`."""
-        site, at, pieces = self.site, self.number, Pieces.of(self.site)
+        site, at = self.site, self.number
         turned, lines = self.form.turned, []
         if site.places:
             lines.append(f"place = tl.load(places{at} + slot * {self.form.cap} + token, mask=token < fill, other=0)")
@@ -170,11 +170,16 @@ class Scan:
             lines += neighbours(f"fill - j * {self.tile}", self.tile)
         return PAGE.substitute(
             text,
-            window=_lines(lines, 12),
-            keys_here=pieces.keys(f"page_keys{at}_{{}}({self._here('keys', 'slot')}, j)", 12, turned),
+            window=lined(lines, 12),
+            keys_here=self.page_keys(12, turned),
             bias=self._bias("slot", "token", "token < fill"),
             values_here=self._here("values", "slot"),
         )
+
+    def page_keys(self, spaces: int, turned: bool) -> str:
+        """Lines that set the keys of tile `j` of the page at `slot`."""
+        call = f"page_keys{self.number}_{{}}({self._here('keys', 'slot')}, j)"
+        return Pieces.of(self.site).keys(call, spaces, turned)
 
     def _tokens(self, text: dict[str, Any]) -> str:
         """Lines that read a tile of listed tokens."""
@@ -189,37 +194,24 @@ class Scan:
             lines.append("cos, sin = angles(turns, at_token[:, None], (place < some)[:, None])")
         return TOKENS.substitute(
             text,
-            window=_lines(lines, 16),
+            window=lined(lines, 16),
             keys_here=pieces.keys(f"token_keys_{{}}({self._here('keys', 'here')}, n)", 16, self.form.turned),
             bias=self._bias("slot", "entry % " + str(self.form.cap), "place < some"),
             values_here=self._here("values", "here"),
         )
 
     def _bias(self, slot: str, token: str, live: str) -> str:
-        if self.site.merge is None:
+        if not self.site.weighs:
             return ""
         where = f"bias{self.number} + {slot} * {self.form.cap} + {token}"
         return f" + tl.load({where}, mask={live}, other=0)[None, :]"
 
 
-def neighbours(count: str, tokens: int) -> list[str]:
-    """Lines that find the angles of a tile's `count` tokens, whose positions run from `base` on."""
-    return [
-        "origin = tl.zeros((1, 1), tl.int32)",
-        f"cos_base, sin_base = angles(turns, base + origin, origin < {count})",
-        f"shift = tl.arange(0, {tokens})[:, None]",
-        f"cos_shift, sin_shift = angles(turns, shift, shift < {count})",
-        "cos = cos_base * cos_shift - sin_base * sin_shift",
-        "sin = sin_base * cos_shift + cos_base * sin_shift",
-    ]
-
-
 def scans(site: Site) -> list[Scan]:
-    """The bodies of a site; SmeltError where an encoding has no expression, as those of rotated rows."""
+    """The bodies of a site."""
     made = [Scan(site, number, form) for number, form in enumerate(forms(site))]
-    for scan, encodings in zip(made, site.encodings, strict=False):
-        for encoding, dim in zip(encodings, (site.key_dim, site.value_dim), strict=True):
-            encoding.expr((scan.form.cap, dim))  # a form has what lies inside of a rotation
+    if any(scan.form.turned and scan.form.spins[0] for scan in made):
+        raise NotImplementedError("keys that turn by their positions when they are read, in rows that were rotated")
     return made
 
 
@@ -261,7 +253,6 @@ def source(site: Site) -> str:
         for i, (first, count) in enumerate(pieces.spans)
     ]
     turns = bool(pieces.spans[1:])
-    angles = {"turn": pieces.spans[0][1], "turn_step": 2 * pieces.spans[0][1], "turn_pad": padded(pieces.spans[0][1])}
     text: dict[str, Any] = {
         "site": site,
         "heads": site.heads,
@@ -272,7 +263,9 @@ def source(site: Site) -> str:
         "value_pad": padded(site.value_dim),
         "dense_keys": "".join(rows),
         "dense_value": _tile(_dense(site.dense, site.value_dim), site.value_dim, "live"),
-        "loaders": (ANGLES.substitute(angles) if turns else "") + "".join(scan.loaders() for scan in bodies),
+        "loaders": (angles(pieces) if turns else "")
+        + (SPUN if any(any(scan.form.spins) for scan in bodies) else "")
+        + "".join(scan.loaders() for scan in bodies),
         "compute": site.dense,
         "sink": site.sink,
         "window": site.window or 0,
@@ -280,8 +273,8 @@ def source(site: Site) -> str:
         "pieces": PIECES,
         "queries": pieces.names("query"),
         "keys": pieces.names("key"),
-        "products": _lines(_products(site, pieces), 4),
-        "query": _lines(_query(pieces), 8),
+        "products": lined(products(site, pieces), 4),
+        "query": lined(query(pieces), 8),
         "sizes": ", ".join(sizes(site)),
         "sink_first": " + tl.load(sink_at + pair, mask=here, other=0)" if site.compact else "",
         "body_tiles": "\n".join(_many(scan) for scan in bodies),
@@ -316,25 +309,7 @@ def _sinks(site: Site, pieces: Pieces, text: dict[str, Any]) -> str:
     lines = [base, *(neighbours(f"n_sink - tile * {TILE}", TILE) if turned else [])]
     call = f"key_rows_{{}}(sink_k + pair * {site.sink * site.key_dim}, n, n < n_sink)"
     here = pieces.keys(call, 12, turned)
-    return SINK_SCAN.substitute(text, first=_lines(lines, 12), keys_here=here)
-
-
-def _products(site: Site, pieces: Pieces) -> list[str]:
-    lines = []
-    for i in range(len(pieces.spans)):
-        operands = f"query_{i}.to(tl.{site.dense}), tl.trans(key_{i}.to(tl.{site.dense}))"
-        lines.append(f's = tl.dot({operands}, {"s, " if i else ""}input_precision="ieee")')
-    return lines
-
-
-def _query(pieces: Pieces) -> list[str]:
-    lines = []
-    for i, (first, count) in enumerate(pieces.spans):
-        at = f"q + heads[:, None] + {first} + k" if first else "q + heads[:, None] + k"
-        lines.append(f"k = tl.arange(0, {padded(count)})[None, :]")
-        lines.append(f"query_{i} = tl.load({at}, mask=inside[:, None] & (k < {count}), other=0)")
-        lines.append(f"query_{i} = query_{i}.to(tl.float32) * scale")
-    return lines
+    return SINK_SCAN.substitute(text, first=lined(lines, 12), keys_here=here)
 
 
 def takes(expr: Expr) -> bool:
@@ -349,11 +324,6 @@ def takes(expr: Expr) -> bool:
     return False
 
 
-def padded(dim: int) -> int:
-    """Columns of a tile: a power of two."""
-    return max(16, 1 << (dim - 1).bit_length())
-
-
 def _dense(dtype: str, dim: int) -> Expr:
     stored = Load("x", n * dim + k, dtype)
     return stored if dtype == "float32" else Cast("float32", stored)
@@ -365,10 +335,6 @@ def _tile(expr: Expr, count: int, rows: str) -> str:
 
 def _inside(count: int) -> str:
     return f"(k < {count})" if count < padded(count) else ""
-
-
-def _lines(lines: list[str], spaces: int) -> str:
-    return "\n".join(" " * spaces + line for line in lines)
 
 
 def _wrapped(names: list[str]) -> list[str]:

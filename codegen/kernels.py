@@ -51,11 +51,12 @@ class AttentionKernel:
         `out` [B, H, T, E] may have any strides.
         """
         layer, rest = int(args["layer"]), (float(args["scale"]), args["softcap"], args["sinks"])
+        cache.segments[layer].sink_logits = args["sinks"]
         written = append(cache, layer, args["key"], args["value"], args["query"])
         plain = args["window"] is None and rest[1:] == (None, None)
         if self.site.hyper is not None and plain and args["query"].shape[2] > self.site.hyper.min_seq_len:
             return [*written, self._of_prompts.bind(cache, layer, args["query"], out, rest[0])]
-        lists, picks = retrieve(cache, layer, args["query"], rest[0])
+        lists, picks = retrieve(cache, layer, args["query"], *rest[:2])
         return [*written, *lists, self._built.bind(cache, layer, args["query"], out, *rest, picks=picks)]
 
     def bind(self, args: Mapping[str, Any], out: Out) -> Run:

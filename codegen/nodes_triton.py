@@ -18,7 +18,7 @@ from . import rows_triton
 from .attention import Picks
 from .attention_triton import Launch, TritonAttention
 from .attention_triton import source as attention_source
-from .attention_triton_lists import blank, list_pages
+from .attention_triton_lists import blank, fill
 from .attention_triton_queries import append_queries
 from .hyper_triton import TritonHyperAttention
 from .plan import Out, Run
@@ -116,7 +116,7 @@ def gather_refuses(weight: Weight) -> str | None:
 class AttentionKernel:
     """Rotary, append and attention of a layer: three launches, the same whatever the cache holds.
 
-    One more where queries are kept for scores; where the site retrieves pages, those that list them.
+    One more where queries are kept for scores; where the site retrieves, those that list what is read.
     """
 
     region: Fused
@@ -143,11 +143,13 @@ class AttentionKernel:
         q, k, v = (self._even(room, each) for each in (*given, args["value"]))
         turn, positions = self._turn(room, q)
         sinks = None if args["sinks"] is None else room.value(args["sinks"])
+        cache.segments[layer].sink_logits = sinks
         turned = room.spare(*q.shape)
         out = room.take(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
         plain = args["window"] is None and args["softcap"] is None and sinks is None
         whole = self._of_prompts if plain and self._long(q.shape[2]) else None
         launches: tuple[Launch, ...] = ()
+        retrieve = self.site.retrieve
         lists: Picks | None = None
         generation = -1, False
 
@@ -166,13 +168,16 @@ class AttentionKernel:
             if whole is not None:
                 whole(cache, layer, turned, out, scale)
                 return
-            if generation != (cache.generation, cache.prefilling):
-                some = self.site.retrieve is not None and not cache.prefilling  # a prompt is in the tail as a whole
+            some = retrieve is not None  # a prompt is in the tail as a whole, unless it is read in chunks
+            if some and cache.prefilling:
+                some = bool(cache.segments[layer].bodies[0].host_held.any())
+            if generation != (cache.generation, some):
                 lists = blank(cache, layer, q.shape[2]) if some else None
-                launches = self._made.launches(cache, layer, turned, out, scale, args["softcap"], sinks, lists)
-                generation = cache.generation, cache.prefilling
+                read = lists if retrieve is not None and retrieve.by != "dense" else None
+                launches = self._made.launches(cache, layer, turned, out, scale, args["softcap"], sinks, read)
+                generation = cache.generation, some
             if lists is not None:
-                list_pages(cache, layer, turned, lists)
+                fill(cache, layer, turned, lists, scale, args["softcap"])
             for launch in launches:
                 launch()
 

@@ -21,7 +21,8 @@ from .attention_header import HEADER
 from .attention_loaders import Form, Part, dense_row, row, samples
 from .attention_source import forms
 from .printers.cpp import CTYPES, LANES
-from .retrieve_template import LISTS, PAGES, TOKENS
+from .retrieve_header import LISTS
+from .retrieve_template import PAGES, TOKENS
 from .rows_source import MATH
 from .unit import Call, Function, packed
 
@@ -36,18 +37,21 @@ class Lookup(Structure):
     _fields_ = (
         *(("q", c_void_p), ("q_row", c_int64), ("q_head", c_int64), ("q_token", c_int64)),
         *(("parts", c_void_p * PARTS), ("steps", c_int64 * PARTS)),
-        *((name, c_void_p) for name in ("table", "held", "pages", "places", "turns", "picks", "count", "work")),
+        *((name, c_void_p) for name in ("table", "held", "pages", "places", "turns")),
+        *((name, c_void_p) for name in ("positions", "picks", "count", "work")),
         *((name, c_int64) for name in ("rows", "tokens", "columns", "n", "block", "state")),
-        ("scale", c_float),
+        *(("scale", c_float), ("softcap", c_float)),
     )
 
 
-def retrieve(cache: Cache, layer: int, query: torch.Tensor, scale: float) -> tuple[list[Call], Picks | None]:
+def retrieve(
+    cache: Cache, layer: int, query: torch.Tensor, scale: float, softcap: float | None = None
+) -> tuple[list[Call], Picks | None]:
     """Calls that list what the query float32 [B, H, T, D] reads of a layer's body, and the lists that attention takes.
 
     None: attention reads everything. The lists are filled by the calls, and get their size when these are refreshed:
     whoever holds addresses must fetch them again when the cache's `generation` changes. Layers that reuse a list must
-    be bound behind the one that makes it.
+    be bound behind the one that makes it. The window is the site's.
     """
     site = cache.plan[layer]
     if site.retrieve is None:
@@ -67,7 +71,7 @@ def retrieve(cache: Cache, layer: int, query: torch.Tensor, scale: float) -> tup
     each = (rows, tokens, site.kv_heads)
     picks = Picks(torch.zeros(*each, 1, dtype=torch.int32), torch.zeros(each, dtype=torch.int32))
     made[layer, tokens] = picks
-    given = Lookup(tokens=tokens, rows=rows, scale=scale)
+    given = Lookup(tokens=tokens, rows=rows, scale=scale, softcap=softcap or 0.0)
     given.q, (given.q_row, given.q_head, given.q_token, _) = query.data_ptr(), query.stride()
     call = Call(
         function(site),
@@ -96,9 +100,9 @@ def _source(site: Site, tokens: int, made: _Made) -> Picks:
 def function(site: Site) -> Function:
     """A site's kernel, whose word is the address of a `Lookup`; layers that store keys alike share it."""
     assert site.retrieve is not None
-    shape = site.heads, site.kv_heads, site.key_dim
+    shape = site.heads, site.kv_heads, site.key_dim, site.window or 0
     if site.retrieve.by == "pages":
-        return _pages(*shape, site.retrieve.budget // site.kept)
+        return _pages(*shape, site.kept, site.retrieve.budget // site.kept)
     return _tokens(*shape, site.retrieve.budget, len(site.rope.inverse) if site.rope else 0, _form(site))
 
 
@@ -108,12 +112,14 @@ def _form(site: Site) -> Form:
 
 
 @cached
-def _pages(heads: int, groups: int, dim: int, most: int) -> Function:
+def _pages(heads: int, groups: int, dim: int, window: int, cap: int, most: int) -> Function:
     text = PAGES.substitute(
         name="$name",
         heads=heads,
         groups=groups,
         dim=dim,
+        window=window,
+        cap=cap,
         most=most,
         queries=_queries(heads // groups),
         bound_row=_lines(dense_row("float16", dim)),
@@ -129,7 +135,7 @@ _VECTORS = {
 
 
 @cached
-def _tokens(heads: int, groups: int, dim: int, most: int, turn: int, form: Form) -> Function:
+def _tokens(heads: int, groups: int, dim: int, window: int, most: int, turn: int, form: Form) -> Function:
     pointers, ahead, names = [], [], {}
     for number, part in enumerate(_parts(form)):
         dtype = str(part.sample.dtype).removeprefix("torch.")
@@ -153,6 +159,7 @@ def _tokens(heads: int, groups: int, dim: int, most: int, turn: int, form: Form)
         heads=heads,
         groups=groups,
         dim=dim,
+        window=window,
         cap=form.cap,
         most=most,
         chunk=CHUNK,
@@ -191,7 +198,7 @@ def _work(cache: Cache, size: int) -> torch.Tensor:
 
 @dataclass
 class _Refresh:
-    """Addresses, and lists as long as the body may ask for, when the cache's `generation` changes."""
+    """The step's addresses, and when the cache's `generation` changes those of buffers and lists, as long as needed."""
 
     cache: Cache
     layer: int
@@ -201,6 +208,9 @@ class _Refresh:
     held: tuple[torch.Tensor | None, ...] = ()
 
     def __call__(self) -> None:
+        if self.cache.step is None:
+            raise RuntimeError("no step: call begin before listing what it reads")
+        self.given.positions, _ = self.cache.step.addresses
         if self.cache.generation == self.generation:
             return
         given, segments = self.given, self.cache.segments[self.layer]

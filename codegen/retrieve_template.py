@@ -10,104 +10,12 @@ from __future__ import annotations
 
 from string import Template
 
-LISTS = """\
-#ifndef SMELT_LISTS
-#define SMELT_LISTS
-namespace lists {
-typedef int64_t i64;
-
-struct Lookup {
-  const float* q;                        // [B, H, T, D] by these strides; D is contiguous
-  i64 q_row, q_head, q_token;
-  const void* parts[8];                  // of keys by page, then tables by KV head; or least and greatest of channels
-  i64 steps[8];                      // numbers of a page, or of a KV head's table
-  const int32_t *table, *held, *pages;   // [B, G, P] slots, [B, G] pages in use, [N, 2] tokens and first position
-  const int32_t* places;                 // [N, cap] positions, or null
-  const float* turns;                    // [positions, 2 R] cos and sin
-  int32_t *picks, *count;                // [B, T, G, n], [B, T, G]
-  float* work;
-  i64 rows, tokens, columns, n;      // B, T, P, n
-  i64 block, state;                  // new tokens that the scratch serves at once, its floats for one of a row
-  float scale;
-  const float* query(i64 b, i64 h, i64 t) const { return q + b * q_row + h * q_head + t * q_token; }
-  int32_t* list(i64 b, i64 t, i64 g, i64 groups) const {
-    return picks + ((b * tokens + t) * groups + g) * n;
-  }
-};
-
-constexpr int32_t NEVER = INT32_MIN;  // the score of what is no entry
-static const i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-// integers in the order of the floats; both zeros are one
-static inline i32x16 ordered(f32x16 x) {
-  const i32x16 bits = (i32x16)(x + 0.0f);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-static inline i32x16 scores_at(const int32_t* p) { return load_words(p); }
-static inline void store_scores(int32_t* p, i32x16 v) { memcpy(p, &v, sizeof v); }
-// how many of `many` scores, a multiple of 16, are at least this
-static inline i64 at_least(const int32_t* x, i64 many, int32_t least) {
-  i32x16 counts[4] = {};
-  i64 i = 0;
-  for (; i + 64 <= many; i += 64)
-    for (int j = 0; j < 4; j++) counts[j] -= scores_at(x + i + 16 * j) >= least;
-  for (; i < many; i += 16) counts[0] -= scores_at(x + i) >= least;
-  return sum(counts[0] + counts[1] + counts[2] + counts[3]);
-}
-static inline uint32_t lanes(i32x16 mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#else
-  uint32_t bits = 0;
-  for (int j = 0; j < 16; j++) bits |= (uint32_t)(mask[j] & 1) << j;
-  return bits;
-#endif
-}
-static inline i64 all(i64 many, int32_t* out) {
-  for (i64 i = 0; i < many; i++) out[i] = i;
-  return many;
-}
-// The places of the `most` greatest of more than `most` scores, ascending; of equal ones the first. x is readable, and
-// NEVER, up to a whole vector.
-static i64 best(const int32_t* x, i64 many, i64 most, int32_t* out) {
-  const i64 padded = (many + 15) / 16 * 16;
-  i32x16 high = LANE - LANE + NEVER;
-  for (i64 i = 0; i < padded; i += 16) {
-    const i32x16 v = scores_at(x + i), more = v > high;
-    high = (v & more) | (high & ~more);
-  }
-  i64 low = NEVER + 1ll, above = NEVER, taken = 0;  // at least `most` scores reach `low`; `taken`, fewer, reach `above`
-  for (int j = 0; j < 16; j++) above = high[j] > above ? high[j] : above;
-  above++;
-  while (above - low > 1) {
-    const i64 middle = low + (above - low) / 2, reach = at_least(x, padded, middle);
-    if (reach >= most) low = middle;
-    else above = middle, taken = reach;
-    if (reach == most) break;
-  }
-  const int32_t least = low;
-  i64 end = padded;  // the places of scores that equal the least taken end here
-  if (at_least(x, padded, least) > most)
-    for (end = 0, taken = most - taken; taken; end++) taken -= x[end] == least;
-  i64 found = 0;
-  for (i64 i = 0; i < padded; i += 16) {
-    const i32x16 v = scores_at(x + i);
-    const i32x16 first = LANE + (int32_t)i < (int32_t)end;
-    for (uint32_t bits = lanes((v > least) | ((v == least) & first)); bits; bits &= bits - 1)
-      out[found++] = i + __builtin_ctz(bits);
-  }
-  return found;
-}
-}  // namespace lists
-#endif
-"""
-
 PAGES = Template("""\
 namespace ${name}_of {
 namespace {
 using namespace lists;
 constexpr i64 H = $heads, G = $groups, R = H / G, D = $dim, DP = (D + 15) / 16 * 16, MOST = $most, CHUNK = 128;
-constexpr i64 QUERIES = $queries;
+constexpr i64 QUERIES = $queries, CAP = $cap, WINDOW = $window;  // 0: none
 
 static inline void bound_row(const uint16_t* x, float* y) {
 $bound_row
@@ -132,9 +40,27 @@ __attribute__((noinline)) f32x16 bounds(const float* up, const float* down, cons
 static inline int32_t* scores(const Lookup& at, i64 b, i64 slot) {
   return (int32_t*)(at.work + (slot * at.rows + b) * at.state);
 }
+// The first page with a token that the window shows to a new token
+static i64 reach(const Lookup& at, i64 b, i64 t, i64 g) {
+  if (!WINDOW) return 0;
+  const int32_t* table = at.table + (b * G + g) * at.columns;
+  i64 low = 0, high = at.held[b * G + g];
+  while (low < high) {
+    const i64 page = (low + high) / 2, slot = table[page], n = at.pages[2 * slot] - 1;
+    const i64 last = at.places ? at.places[slot * CAP + n] : at.pages[2 * slot + 1] + n;
+    if (at.positions[b * at.tokens + t] - last < WINDOW) high = page;
+    else low = page + 1;
+  }
+  return low;
+}
 static void score(const Lookup& at, i64 first, i64 many, i64 b, i64 g, i64 c) {
   const i64 held = at.held[b * G + g], end = (c + 1) * CHUNK < held ? (c + 1) * CHUNK : held;
-  if (held <= MOST) return;
+  i64 from[QUERIES], least = held;
+  for (i64 t = 0; t < many; t++) {
+    from[t] = reach(at, b, first + t, g);
+    least = from[t] < least ? from[t] : least;
+  }
+  if (held - least <= MOST || least >= end) return;
   alignas(64) float up[QUERIES][R][DP], down[QUERIES][R][DP], low[16 * DP], high[16 * DP];
   for (i64 t = 0; t < many; t++)
     for (i64 r = 0; r < R; r++) {
@@ -145,23 +71,25 @@ static void score(const Lookup& at, i64 first, i64 many, i64 b, i64 g, i64 c) {
       }
     }
   const int32_t* table = at.table + (b * G + g) * at.columns;
-  for (i64 page = c * CHUNK; page < end; page += 16) {
+  for (i64 page = c * CHUNK > least ? c * CHUNK : least / 16 * 16; page < end; page += 16) {
     for (i64 i = 0; i < 16; i++) {
       const i64 slot = table[page + i < end ? page + i : end - 1];
       bound_row((const uint16_t*)at.parts[0] + slot * D, low + i * DP);
       bound_row((const uint16_t*)at.parts[1] + slot * D, high + i * DP);
     }
     for (i64 t = 0; t < many; t++) {
-      const i32x16 real = LANE + (int32_t)page < (int32_t)end, s = ordered(bounds(up[t][0], down[t][0], low, high));
+      const i32x16 place = LANE + (int32_t)page, real = (place < (int32_t)end) & (place >= (int32_t)from[t]);
+      const i32x16 s = ordered(bounds(up[t][0], down[t][0], low, high));
       store_scores(scores(at, b, t) + g * (at.state / G) + page, (s & real) | (NEVER & ~real));
     }
   }
 }
 static void choose_pages(const Lookup& at, i64 b, i64 t, i64 g, i64 slot) {
-  const i64 held = at.held[b * G + g];
+  const i64 held = at.held[b * G + g], from = reach(at, b, t, g);
   int32_t* out = at.list(b, t, g, G);
   const int32_t* x = scores(at, b, slot) + g * (at.state / G);
-  at.count[(b * at.tokens + t) * G + g] = held <= MOST ? all(held, out) : best(x, held, MOST, out);
+  const bool few = held - from <= MOST;
+  at.count[(b * at.tokens + t) * G + g] = few ? all(from, held, out) : best_from(x, from, held, MOST, out);
 }
 }  // namespace
 }  // namespace ${name}_of
@@ -191,7 +119,7 @@ namespace ${name}_of {
 namespace {
 using namespace lists;
 constexpr i64 H = $heads, G = $groups, R = H / G, D = $dim, DP = (D + 15) / 16 * 16, HP = (H + 15) / 16 * 16;
-constexpr i64 CAP = $cap, MOST = $most, CHUNK = $chunk, TURNED = $turned, QUERIES = $queries;
+constexpr i64 CAP = $cap, MOST = $most, CHUNK = $chunk, TURNED = $turned, QUERIES = $queries, WINDOW = $window;
 constexpr bool DIRECT = $direct;  // keys are read as they lie, else decoded to floats first
 constexpr i64 VECTORS = DP / 16, HEADS = VECTORS <= 4 && R % 4 == 0 ? 4 : R % 2 ? 1 : 2;  // of q that stay in registers
 constexpr i64 AHEAD = 256;        // tokens between what is read and what memory is asked for
@@ -242,11 +170,24 @@ struct State {  // of one new token of a row: for each chunk
   }
 };
 static inline i64 stored(const Lookup& at, i64 b) { return at.held[b * G] * CAP; }
+// The first token that the window shows to a new token; the body's tokens are neighbours
+static inline i64 reach(const Lookup& at, i64 b, i64 t) {
+  const i64 held = stored(at, b);
+  if (!WINDOW || !held) return 0;
+  const i64 from = at.positions[b * at.tokens + t] - WINDOW + 1 - at.pages[2 * at.table[b * G * at.columns] + 1];
+  return from < 0 ? 0 : from < held ? from : held;
+}
 
 // The weights that a group's heads give the tokens of a chunk, next to each other
 static void scan(const Lookup& at, i64 first, i64 many, i64 b, i64 g, i64 c) {
   const i64 held = stored(at, b), from = c * CHUNK, end = from + CHUNK < held ? from + CHUNK : held;
-  if (held <= MOST || from >= held) return;
+  i64 skip[QUERIES], least = held;  // of the chunk's tokens those that the window hides
+  for (i64 t = 0; t < many; t++) {
+    const i64 place = reach(at, b, first + t);
+    skip[t] = place > from ? place - from : 0;
+    least = place < least ? place : least;
+  }
+  if (held - least <= MOST || least >= end || from >= held) return;
   alignas(64) float q[QUERIES][R][DP], rows[16 * DP];
   const int32_t* table = at.table + (b * G + g) * at.columns;
   const dense* keys[16];
@@ -255,7 +196,7 @@ static void scan(const Lookup& at, i64 first, i64 many, i64 b, i64 g, i64 c) {
       const float* x = at.query(b, g * R + r, first + t);
       for (i64 d = 0; d < DP; d += 16) store(q[t][r] + d, read(x + d, D - d) * at.scale);
     }
-  for (i64 s = from; s < end; s += 16) {
+  for (i64 s = from > least ? from : least / 16 * 16; s < end; s += 16) {
     for (i64 i = 0; i < 16; i++) {
       const i64 token = s + i < end ? s + i : end - 1, slot = table[token / CAP], n = token % CAP;
       keys[i] = DIRECT ? (const dense*)at.parts[0] + (slot * CAP + n) * D : (const dense*)(rows + i * DP);
@@ -270,17 +211,23 @@ $ahead
   }
   const f32x16 nothing = splat(-__builtin_inff());
   for (i64 t = 0; t < many; t++) {
+    if (skip[t] >= end - from) continue;
     const State state(at, b, t);
+    const i64 hidden = skip[t] % 16, begin = skip[t] - hidden;
     for (i64 h = g * R; h < (g + 1) * R; h++) {
       float* x = state.shares + (c * H + h) * CHUNK;
+      if (at.softcap > 0)
+        for (i64 s = begin; s < end - from; s += 16)
+          store(x + s, tangent(load<f32x16>(x + s) / at.softcap) * at.softcap);
+      if (hidden) store(x + begin, choose(LANE < (int32_t)hidden, nothing, load<f32x16>(x + begin)));
       if (const i64 past = (end - from) % 16) {
         float* last = x + end - from - past;
         store(last, choose(LANE < (int32_t)past, load<f32x16>(last), nothing));
       }
       f32x16 highest = nothing, added = {};
-      for (i64 s = 0; s < end - from; s += 16) highest = larger(highest, load<f32x16>(x + s));
+      for (i64 s = begin; s < end - from; s += 16) highest = larger(highest, load<f32x16>(x + s));
       const float peak = top(highest);
-      for (i64 s = 0; s < end - from; s += 16) {
+      for (i64 s = begin; s < end - from; s += 16) {
         const f32x16 v = load<f32x16>(x + s), share = choose(v == nothing, f32x16{}, decay(v - peak));
         store(x + s, share);
         added += share;
@@ -290,33 +237,34 @@ $ahead
   }
 }
 // Of the tokens of a chunk the sum of what all heads give them
-static void vote(const Lookup& at, i64 b, i64 slot, i64 c) {
-  const i64 held = stored(at, b), chunks = (held + CHUNK - 1) / CHUNK;
-  const i64 many = held - c * CHUNK < CHUNK ? held - c * CHUNK : CHUNK;
-  if (held <= MOST || c >= chunks) return;
+static void vote(const Lookup& at, i64 b, i64 t, i64 slot, i64 c) {
+  const i64 held = stored(at, b), chunks = (held + CHUNK - 1) / CHUNK, from = reach(at, b, t), old = from / CHUNK;
+  const i64 many = held - c * CHUNK < CHUNK ? held - c * CHUNK : CHUNK, skip = c == old ? from % CHUNK : 0;
+  if (held - from <= MOST || c >= chunks || c < old) return;
   const State state(at, b, slot);
   alignas(64) float factor[HP];
   for (i64 h = 0; h < HP; h += 16) {
     f32x16 most = splat(-__builtin_inff()), total = {};
-    for (i64 i = 0; i < chunks; i++) most = larger(most, load<f32x16>(state.most + i * HP + h));
-    for (i64 i = 0; i < chunks; i++) {
+    for (i64 i = old; i < chunks; i++) most = larger(most, load<f32x16>(state.most + i * HP + h));
+    for (i64 i = old; i < chunks; i++) {
       const f32x16 factor = exponential(load<f32x16>(state.most + i * HP + h) - most);
       total = fma(load<f32x16>(state.total + i * HP + h), factor, total);
     }
     store(factor + h, exponential(load<f32x16>(state.most + c * HP + h) - most) / total);
   }
   const float* shares = state.shares + c * H * CHUNK;
-  for (i64 s = 0; s < many; s += 16) {
+  for (i64 s = skip / 16 * 16; s < many; s += 16) {
     f32x16 sum = {};
     for (i64 h = 0; h < H; h++) sum = fma(load<f32x16>(shares + h * CHUNK + s), splat(factor[h]), sum);
-    const i32x16 real = LANE + (int32_t)s < (int32_t)many;
+    const i32x16 place = LANE + (int32_t)s, real = (place < (int32_t)many) & (place >= (int32_t)skip);
     store_scores(state.votes + c * CHUNK + s, (ordered(sum) & real) | (NEVER & ~real));
   }
 }
 static void choose_tokens(const Lookup& at, i64 b, i64 t, i64 slot) {
-  const i64 held = stored(at, b);
+  const i64 held = stored(at, b), from = reach(at, b, t);
   int32_t* out = at.list(b, t, 0, G);
-  const i64 found = held <= MOST ? all(held, out) : best(State(at, b, slot).votes, held, MOST, out);
+  const bool few = held - from <= MOST;
+  const i64 found = few ? all(from, held, out) : best_from(State(at, b, slot).votes, from, held, MOST, out);
   for (i64 g = 0; g < G; g++) {
     at.count[(b * at.tokens + t) * G + g] = found;
     if (g) memcpy(at.list(b, t, g, G), out, found * sizeof *out);
@@ -339,7 +287,10 @@ static void $name(Rank& rank, const int64_t* c) {
         scan(at, first, many, i / chunks / G, i / chunks % G, i % chunks);
       });
       meet(rank);
-      share(rank, at.rows * many * chunks, [&](i64 i) { vote(at, i / chunks / many, i / chunks % many, i % chunks); });
+      share(rank, at.rows * many * chunks, [&](i64 i) {
+        const i64 t = i / chunks % many;
+        vote(at, i / chunks / many, first + t, t, i % chunks);
+      });
       meet(rank);
     }
     share(rank, chunks ? at.rows * many : at.rows, [&](i64 i) {

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from ..ir.cache import Cache
+from ..ir.cache.chunks import readings
 from ..ir.errors import SmeltError
 from ..ir.interpret import interpret
 from ..ir.program import Program
@@ -62,20 +63,21 @@ def replay(program: Program, tokens: torch.Tensor, prefix: int, chunk: int = 1) 
     if program.cache is None:
         return interpret(program, {"tokens": tokens, "positions": positions})["logits"][:, prefix:]
     cache = Cache(program.cache, batch, length, scratch=chunk)
-    rows, at = [], 0
-    if not prefix:
-        cache.end_prefill()
-    while at < length:
-        new = prefix if at < prefix else min(chunk, length - at, *cache.room())
-        span = slice(at, at + new)
-        cache.begin(positions[:, span], tokens=tokens[:, span])
-        logits = interpret(program, {"tokens": tokens[:, span], "positions": positions[:, span]}, cache)["logits"]
-        cache.commit([list(range(new))] * batch)
-        if at >= prefix:
-            rows.append(logits)
-        at += new
-        if at == prefix:
-            cache.end_prefill()
+
+    def read(new: torch.Tensor) -> torch.Tensor:
+        places = positions[:, cache.lengths[0] :][:, : new.shape[1]]
+        cache.begin(places, tokens=new)
+        logits: torch.Tensor = interpret(program, {"tokens": new, "positions": places}, cache)["logits"]
+        cache.commit([list(range(new.shape[1]))] * batch)
+        return logits
+
+    for texts, questions in readings(program.cache, tokens[:, :prefix].tolist()) if prefix else ():
+        read(torch.tensor(texts))
+        cache.end_chunk(questions)
+    cache.end_prefill()
+    rows = []
+    while (at := cache.lengths[0]) < length:
+        rows.append(read(tokens[:, at : at + min(chunk, length - at, *cache.room())]))
     return torch.cat(rows, 1)
 
 

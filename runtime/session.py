@@ -9,6 +9,7 @@ import torch
 
 from ..codegen.plan import Plan
 from ..ir.cache import Cache
+from ..ir.cache.chunks import readings
 from ..ir.errors import SmeltError
 from .bound import Bound, binding
 
@@ -54,12 +55,37 @@ class Session:
     ) -> dict[str, torch.Tensor]:
         """Read one prompt a row, behind what the cache holds; returns the outputs at every row's last token, [B, ...].
 
-        `end`: nothing more of the prompts comes, so that the cache stores them as its plan says.
+        `end`: nothing more of the prompts comes, so that the cache stores them as its plan says. Where that says so, a
+        prompt is read in chunks with the question behind each (`ir/cache/chunks.py`), and the cache holds no more of it
+        than what it keeps of the chunks so far, one chunk, and the question.
 
         `harvest(row, tokens, logits)` sees every prompt token with the logits behind it, as prompts are read; without
         it only the last token's logits are computed. It sees none where prompts are read whole (`attention.hyper`) and
         their logits would take too much: a drafter must not decide whether a prompt is approximated.
         """
+        last: dict[str, torch.Tensor] = {}
+        if not self.cache.prefilling:
+            self._read_whole(prompts, last, harvest)
+        elif end:
+            for texts, questions in readings(self.cache.plan, prompts):
+                self._read_whole(texts, last, harvest and _first(harvest, texts, questions))
+                self.cache.end_chunk(questions)
+        elif self.cache.plan.chunk is None:
+            self._read_whole(prompts, last, harvest)
+        else:
+            raise SmeltError(
+                "the cache is read in chunks with the question behind each, so all of a prompt must be there: read it "
+                "as one piece, or set chunk of cache.select to null"
+            )
+        self._bound = {key: b for key, b in self._bound.items() if key[0] == 1 or b.nbytes <= HELD}
+        if end:
+            self.cache.end_prefill()
+        return last
+
+    def _read_whole(
+        self, prompts: Sequence[Sequence[int]], last: dict[str, torch.Tensor], harvest: Harvest | None
+    ) -> None:
+        """Read and commit these tokens of every row, in as few pieces as memory allows; `last` as `prefill` returns."""
         vocabulary = int(self.plan.program.facts.get("vocabulary") or 1)
         exact = [site.hyper.min_seq_len for site in self.cache.plan.sites if site.hyper is not None]
         longest, rows = max(map(len, prompts)), len(prompts)
@@ -69,16 +95,11 @@ class Session:
         tokens = LOGITS // (rows * (vocabulary if harvest else 1))
         # sites that approximate long prompts want them whole, and read shorter pieces exactly
         chunk = longest if whole else max(width for width in WIDTHS if width <= max(1, min([tokens, *exact])))
-        last: dict[str, torch.Tensor] = {}
         for start in range(0, max(map(len, prompts)), chunk):
             pieces = [prompt[start : start + chunk] for prompt in prompts]
             most = max(map(len, pieces))
             width = next((width for width in WIDTHS if width >= most), -(-most // CHUNK) * CHUNK)
             self._read(pieces, width, last, harvest)
-        self._bound = {key: b for key, b in self._bound.items() if key[0] == 1 or b.nbytes <= HELD}
-        if end:
-            self.cache.end_prefill()
-        return last
 
     def step(
         self,
@@ -188,3 +209,16 @@ class Session:
             if harvest is not None:
                 harvest(row, tokens[row, : len(piece)], outputs["logits"][row, : len(piece)])
         self.cache.commit([list(range(len(piece))) for piece in pieces])
+
+
+def _first(harvest: Harvest, texts: Sequence[Sequence[int]], questions: Sequence[int]) -> Harvest:
+    """A harvest of each row's text but the question at its end, which is read again."""
+    left = [len(text) - question for text, question in zip(texts, questions, strict=True)]
+
+    def told(row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        count = min(len(tokens), left[row])
+        left[row] -= count
+        if count:
+            harvest(row, tokens[:count], logits[:count])
+
+    return told

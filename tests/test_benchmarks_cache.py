@@ -170,6 +170,16 @@ def test_bars_are_judged(piece: Callable[[str], Any]) -> None:
     said = list(report.lines(rows))
     assert [line[:4] for line in said] == ["ok  ", "MISS", "ok  ", "MISS", "ok  ", "MISS"]
     assert report.table(rows, "x").row_count == len(rows)
+    points = {
+        "kivi": (6.4, 1e-4),
+        "kivi:3": (4.3, 5e-3),
+        "kivi:2": (3.4, 9e-3),
+        "gear": (5, 4e-3),
+        "gear-l": (4.2, 1e-2),
+    }
+    rows = {name: {"bits": {"measured": bits}, "reference": {"kl": kl}} for name, (bits, kl) in points.items()}
+    said = list(report.lines(rows))
+    assert ["kivi:3" in said[0], "kivi:2" in said[1]] == [True, True] and [s[:4] for s in said] == ["ok  ", "MISS"]
 
 
 def test_recipes_come_by_name(piece: Callable[[str], Any]) -> None:

@@ -83,6 +83,7 @@ def lines(rows: Rows) -> Iterator[str]:
             if found is not None:
                 yield _line(found <= bar.most, f"{bar.says}: {name} {found - 1:+.2%}")
     yield from _half_of_the_bytes(rows)
+    yield from _corrected(rows)
     for metric, better, worse in ORDERS:
         pair = [value(rows.get(name, {}), ("recall", metric)) for name in (better, worse)]
         if pair[0] is not None and pair[1] is not None:
@@ -110,6 +111,21 @@ def _half_of_the_bytes(rows: Rows) -> Iterator[str]:
         for name, right in ours.items():
             yield _line(
                 right >= theirs[best], f"half of the bytes, many unknown: {name} {right:.0%}, {best} {theirs[best]:.0%}"
+            )
+
+
+def _corrected(rows: Rows) -> Iterator[str]:
+    """Codes with a low-rank part against the best plain codes, `kivi:…`, that take at most as many bits."""
+    paths = ("bits", "measured"), ("reference", "kl")
+    points = {name: [value(row, path) for path in paths] for name, row in rows.items()}
+    known = {name: (point[0], point[1]) for name, point in points.items() if None not in point}
+    for name in (name for name in known if name.startswith("gear")):
+        below = {n: known[n] for n in known if n.startswith("kivi") and known[n][0] <= known[name][0]}
+        if below:
+            best = min(below, key=lambda n: below[n][1])
+            (bits, kl), (other, least) = known[name], below[best]
+            yield _line(
+                kl <= least, f"KL at equal bits: {name} {kl:.2g} at {bits:.2f}, {best} {least:.2g} at {other:.2f}"
             )
 
 

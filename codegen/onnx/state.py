@@ -107,6 +107,7 @@ def beyond(site: Site) -> str | None:
         "stores keys before their rotation": site.frame == "pre" or site.compact,
         "chooses among all tokens of a prompt": site.at_prompt,
         "merges tokens": site.merge,
+        "estimates sums from samples": site.estimate,
         "reads a part of its cache": site.retrieve,
         "reads prompts by samples": site.hyper,
     }

@@ -1,5 +1,6 @@
 """The KV cache: what it stores (`plan`, `site`, `options`) and what that means, in plain PyTorch (`store`)."""
 
+from .estimate import Estimate
 from .hyper import Hyper
 from .options import Merge, Predict, Retrieve, Rope, Select, Tier
 from .plan import CachePlan
@@ -13,6 +14,7 @@ __all__ = [
     "Cache",
     "CachePlan",
     "Counts",
+    "Estimate",
     "Hyper",
     "Merge",
     "Policy",

@@ -31,6 +31,7 @@ class Tokens(NamedTuple):
     positions: torch.Tensor
     bias: torch.Tensor | None = None
     mass: torch.Tensor | None = None
+    owner: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Decoded:
     positions: torch.Tensor
     bias: torch.Tensor | None
     mass: torch.Tensor | None = None
+    owner: torch.Tensor | None = None
 
 
 class Body:
@@ -50,7 +52,8 @@ class Body:
     A slot of the pool is a page of one KV head of one row: parts [N, …] by name in `keys` and `values`, and
     `pages` int32 [N, 2]: how many tokens it holds (the rest repeats the last one), and the position of the first.
     `places` int32 [N, cap]: positions where tokens of a page are not neighbours. `bias` float32 [N, cap]: added to a
-    token's logits. `mass` float32 [N, cap]: attention received so far. `low`, `high` float16 [N, D]: bounds of the keys
+    token's logits. `mass` float32 [N, cap]: attention received so far. `owner` int32 [N, cap]: see `Entries`, whose
+    `mass` is another. `low`, `high` float16 [N, D]: bounds of the keys
     as they are read. `table` int32 [B, G, P]: the slots of a row and KV head in the order of positions, `held` int32
     [B, G] how many. `tables`: calibrated parts of keys and values [G or 1, …].
     """
@@ -93,10 +96,12 @@ class Body:
         site = self.site
         if site.places:
             yield "places", ((self.cap,), torch.int32)
-        if site.merge is not None:
+        if site.weighs:
             yield "bias", ((self.cap,), torch.float32)
-        if site.running:
+        if site.running or site.estimate is not None:
             yield "mass", ((self.cap,), torch.float32)
+        if site.estimate is not None:
+            yield "owner", ((self.cap,), torch.int32)
         if site.retrieve is not None and site.retrieve.by == "pages":
             yield from ((name, ((site.key_dim,), torch.float16)) for name in ("low", "high"))
 
@@ -241,7 +246,7 @@ class Body:
         parts = [x[index].unflatten(0, (pages, self.cap)) for x in (tokens.keys, tokens.values, tokens.positions)]
         side = {
             name: x[index].unflatten(0, (pages, self.cap))
-            for name, x in (("bias", tokens.bias), ("mass", tokens.mass))
+            for name, x in (("bias", tokens.bias), ("mass", tokens.mass), ("owner", tokens.owner))
             if x is not None
         }
         return (*parts, fill, side)
@@ -256,7 +261,7 @@ class Body:
             else:
                 named = [side[name] for side in given if name in side]
                 value = torch.cat(named) if named else torch.zeros(len(at), self.cap, device=self.device)
-            buffer.index_copy_(0, at, value)
+            buffer.index_copy_(0, at, value.to(buffer.dtype))
 
     def _listed(self, row: int, counts: Sequence[int], slots: torch.Tensor) -> None:
         """Enter new slots, head by head, into the page table."""
@@ -354,8 +359,8 @@ class Body:
         bias = self.bias[slots] if self.bias is not None else torch.zeros(real.shape, device=self.device)
         whole = self.bias is None and bool(real.all())
         masked = None if whole else bias.masked_fill(~real, float("-inf")).flatten(1, 2)
-        mass = self.side["mass"][slots].flatten(1, 2) if "mass" in self.side else None
-        return Decoded(keys.flatten(1, 2), values.flatten(1, 2), positions.flatten(1, 2), masked, mass)
+        mass, owner = (self.side[n][slots].flatten(1, 2) if n in self.side else None for n in ("mass", "owner"))
+        return Decoded(keys.flatten(1, 2), values.flatten(1, 2), positions.flatten(1, 2), masked, mass, owner)
 
     def _decoded(self, role: str, slots: torch.Tensor) -> torch.Tensor:
         """Keys or values [G, P, cap, dim] at slots [G, P]."""

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import sympy
 
-from ..encoding import Dense, Encoding
+from ..encoding import Dense, Encoding, Sign
 from .code import Code
+from .estimate import Estimate
 from .hyper import Hyper
 from .options import Merge, Predict, Retrieve, Rope, Select, Tier
 from .score import Score
@@ -76,6 +77,7 @@ class Geometry:
     scale: float | None = None
     softcap: float | None = None
     schedule: str = "chunks"
+    estimate: Estimate | None = None
 
     @property
     def group(self) -> int:
@@ -102,6 +104,8 @@ class Geometry:
     @cached_property  # asked at every step, and fractions are slow
     def caps(self) -> tuple[int, ...]:
         """Tokens that a page of each body holds."""
+        if self.estimate is not None:
+            return self.page, self.page
         first, *below = self.parted(self.survivors)
         return first, *(below if self._shared else [first] * len(self.tiers))
 
@@ -119,6 +123,9 @@ class Geometry:
     def encodings(self) -> tuple[tuple[Encoding, Encoding], ...]:
         """(keys, values) of each body."""
         dense = Dense(self.dense)
+        if self.estimate is not None:  # the values of the second are 0
+            signs = Sign()
+            return (dense, dense), (dense, dense if signs.refuses((1, self.page, self.value_dim)) else signs)
         pairs = ((self.keys, self.values), *((tier.keys, tier.values) for tier in self.tiers))
         return tuple((keys or dense, values or dense) for keys, values in pairs)
 
@@ -143,10 +150,17 @@ class Geometry:
     @property
     def places(self) -> bool:
         """Whether the positions of single body tokens are stored: where data decides them, and somebody reads them."""
+        if self.estimate is not None:  # draws go by positions
+            return True
         if not self.scattered or self.compact or self.select is None:
             return False
         again = self.select.when == "overflow" and self.select.score.by in ("stride", "random")  # who goes by positions
         return again or self.window is not None or self.frame == "pre"
+
+    @property
+    def weighs(self) -> bool:
+        """Whether every body token carries a bias of its logit: it may stand for several."""
+        return self.merge is not None or self.estimate is not None
 
     @property
     def unrotates(self) -> Rope | None:
@@ -168,6 +182,12 @@ class Geometry:
     def running(self) -> bool:
         """Whether every body token carries the attention that it has received so far (H2O)."""
         return self.watches and self.select is not None and self.select.when == "overflow"
+
+    def chunked(self, read: int) -> Counts:
+        """Stored tokens by segment at the end of a chunk, `read` tokens into a prompt."""
+        if self.select is None or not self.select.chunk or read <= self.sink:
+            return Counts(0, 0, read)
+        return Counts(self.sink, self.survive(read - self.sink), 0)
 
     def left(self, length: Length, prompt: Length = 0) -> Any:
         """Tokens beyond the sinks that have left the tail of a row of this committed length."""
@@ -200,13 +220,15 @@ class Geometry:
         return int(_up(self.select.keep, self.select.budget or 0))
 
     def held(self, length: Length, prompt: Length = 0) -> list[Any]:
-        """Tokens per KV head of each body; where heads differ, what they have on average."""
+        """Tokens per KV head of each body; where heads differ, what they have on average, or at most (estimate)."""
         return [chosen + paged for chosen, paged in self._held(length, prompt)]
 
     def _held(self, length: Length, prompt: Length) -> list[tuple[Any, Any]]:
         """For each body the tokens that a prompt's choice, and pages later on, left there."""
         if not self.kept or self.tail is None:
             return [(0, 0)] * len(self.caps)
+        if self.estimate is not None:
+            return [(_least(most, self.left(length, prompt)), 0) for most in self.estimate.most]
         candidates = self._candidates(prompt)
         pages = (length - prompt if candidates else self.left(length, prompt)) // self.page
         chosen, select = self.survive(candidates), self.select
@@ -269,8 +291,8 @@ class Geometry:
     def page_bits(self, number: int) -> sympy.Expr:
         """Stored bits of a page of a body for all KV heads, with what the page table and side data take."""
         cap, (keys, values) = self.caps[number], self.encodings[number]
-        side = PAGE_BITS + cap * (POSITION_BITS * self.places + BIAS_BITS * (self.merge is not None))
-        side += 32 * cap * self.running
+        side = PAGE_BITS + cap * (POSITION_BITS * self.places + BIAS_BITS * self.weighs)
+        side += 32 * cap * (self.running + 2 * (self.estimate is not None))
         side += 2 * BOUND_BITS * self.key_dim * (self.retrieve is not None and self.retrieve.by == "pages")
         page = keys.stored_bits((self.kv_heads, cap, self.key_dim))
         return page + values.stored_bits((self.kv_heads, cap, self.value_dim)) + self.kv_heads * side

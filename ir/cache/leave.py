@@ -10,7 +10,8 @@ import torch
 from ..errors import SmeltError
 from .body import Body, Tokens
 from .choose import adaptive, choose
-from .merge import merge
+from .estimate import Entries, clustered, drawn
+from .merge import merge, to_merge
 from .policy import profile
 from .score import column_mass, scores
 from .site import Site
@@ -35,10 +36,14 @@ def arrive(
         return
     positions = torch.arange(first, first + slots.stop - slots.start, device=segments.tail_k.device)
     try:
-        if prompt:
+        if prompt and first > slots.start:
+            _chunk(segments, row, slots, positions, used)
+        elif prompt:
             _prompt(segments, row, slots, positions, used, ids)
         elif site.select is not None and site.select.when == "overflow":
             _overflow(segments, row, slots, positions)
+        elif site.estimate is not None:
+            _estimated(segments, row, slots, positions)
         else:
             _pages(segments, row, slots, first, used)
     except SmeltError as error:
@@ -116,19 +121,29 @@ def _score_of_tail(segments: Segments, row: int, span: slice, used: int) -> torc
     if not site.watches or segments.tail_q is None or site.select is None:
         return None
     places = torch.arange(used, device=segments.tail_k.device)
-    found = scores(
+    keys, values = segments.tail_k[row, :, :used], segments.tail_v[row, :, :used]
+    return _score(segments, row, keys, values, places, places)[:, span]
+
+
+def _score(
+    segments: Segments, row: int, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor, at: torch.Tensor
+) -> torch.Tensor:
+    """Scores [G, S] of keys and values at `places` [G, S] or [S] by the queries of the tail's tokens, at `at` [n]."""
+    site = segments.site
+    assert site.select is not None and segments.tail_q is not None
+    return scores(
         site.select.score,
-        segments.tail_k[row, :, :used],
-        segments.tail_v[row, :, :used],
+        keys,
+        values,
         positions=places,
-        q=segments.tail_q[row, :, :used],
-        q_positions=places,
+        q=segments.tail_q[row, :, : len(at)],
+        q_positions=at,
         scale=site.attention_scale,
         window=site.window,
         softcap=site.softcap,
+        sinks=segments.sink_logits,
         sums=segments.sums,
     )
-    return found[:, span]
 
 
 def _prompt(segments: Segments, row: int, slots: slice, positions: torch.Tensor, used: int, ids: Sequence[int]) -> None:
@@ -170,6 +185,7 @@ def _profiled(segments: Segments, row: int, slots: slice, used: int, ids: Sequen
     found = profile(
         select.policy, segments.tail_q[row, :, :used], segments.tail_k[row, :, :used], at, at, special, punctuation,
         site.attention_scale, always=site.tail or 0, window=site.window, softcap=site.softcap,
+        sinks=segments.sink_logits,
     )  # fmt: skip
     return [h.kept[(h.kept >= slots.start) & (h.kept < slots.stop)] - slots.start for h in found]
 
@@ -192,17 +208,62 @@ def _merged(
     plain = site.rope.turn(keys.float(), -positions) if turns and site.rope else keys.float()
     new_keys, new_values, bias = plain.clone(), values.float().clone(), torch.zeros_like(found)
     for head, kept in enumerate(chosen):
-        others = torch.ones(keys.shape[1], dtype=torch.bool, device=keys.device)
-        others[kept] = False
-        rest = others.nonzero().flatten()
-        best = rest[found[head, rest].argsort(descending=True, stable=True)][: round(site.merge.share * len(rest))]
+        others = to_merge(found[head], kept, site.merge.share, site.merge.cover)
         made = merge(
-            plain[head], values[head].float(), found[head], kept, best.sort().values,
+            plain[head], values[head].float(), found[head], kept, others,
             threshold=site.merge.threshold, values_only=site.merge.values_only,
         )  # fmt: skip
         new_keys[head, kept], new_values[head, kept], bias[head, kept] = made.keys, made.values, made.bias
     back = site.rope.turn(new_keys, positions) if turns and site.rope else new_keys
     return back, new_values, bias
+
+
+def _chunk(segments: Segments, row: int, slots: slice, positions: torch.Tensor, used: int) -> None:
+    """One more chunk of a prompt joins the body; the question behind it chooses among both, and the best stay."""
+    site, (body,) = segments.site, segments.bodies
+    assert site.select is not None
+    keys, values, start = segments.tail_k[row, :, slots], segments.tail_v[row, :, slots], int(positions[0])
+    fresh = _picked(keys, values, positions, [torch.arange(len(positions), device=keys.device)] * site.kv_heads)
+    both = [_joined(old, new) for old, new in zip(_stored(body, row), fresh, strict=True)]
+    seen, places = (torch.cat(parts, 1) for parts in zip(*_whole(segments, row, used, start), strict=True))
+    found = _score(segments, row, seen, seen, places, torch.arange(start, start + used, device=keys.device))
+    chosen = choose(
+        found[:, site.sink :][:, : len(both[0].positions)], site.survive(start + len(positions) - site.sink)
+    )
+    body.clear(row)
+    body.append(row, [_taken(tokens, index) for tokens, index in zip(both, chosen, strict=True)])
+
+
+def _estimated(segments: Segments, row: int, slots: slice, positions: torch.Tensor) -> None:
+    """What leaves joins the samples for both sums, and bodies hold those that are drawn."""
+    site = segments.site
+    assert site.estimate is not None
+    keys, values = segments.tail_k[row, :, slots], segments.tail_v[row, :, slots]
+    for body in segments.bodies:
+        made = []
+        for head, old in enumerate(_entries(body, row)):
+            key = 2 * (128 * (1024 * site.estimate.seed + site.layer) + head) + body.number
+            new = keys[head], values[head], positions
+            if body.number == 0:
+                held = drawn(site.estimate, old, *new, key)
+            else:
+                held = clustered(site.estimate, old, *new, site.page, key)
+            made.append(Tokens(*held))
+        body.clear(row)
+        body.append(row, made)
+
+
+def _entries(body: Body, row: int) -> list[Entries]:
+    """What a body of samples holds of a row, head by head."""
+    d, site = body.decoded(row), body.site
+    if d is None:
+        none = torch.zeros(0, device=body.device)
+        blank = none.view(0, site.key_dim), none.view(0, site.value_dim)
+        return [Entries(*blank, none.long(), none, none, none.long())] * site.kv_heads
+    assert d.bias is not None and d.mass is not None and d.owner is not None
+    real = torch.isfinite(d.bias)
+    sides = d.keys, d.values, d.positions, d.bias, d.mass, d.owner.long()
+    return [Entries(*(x[head, real[head]] for x in sides)) for head in range(site.kv_heads)]
 
 
 def _overflow(segments: Segments, row: int, slots: slice, positions: torch.Tensor) -> None:
@@ -244,20 +305,17 @@ def _weigh(segments: Segments, row: int, used: int, start: int) -> None:
     assert segments.tail_q is not None and segments.tail_mass is not None
     length = start + used
     at = torch.arange(start, length, device=segments.tail_k.device)
-    reads = [(r.keys, r.positions) for r in ([segments.sinks(row)] if start else [])]
-    for body in segments.bodies:
-        stored = _stored(body, row)  # heads are even: what overflows is divided alike
-        reads.append((torch.stack([t.keys for t in stored]), torch.stack([t.positions for t in stored])))
-    reads.append((segments.tail_k[row, :, :used].float(), at[None]))
+    reads = _whole(segments, row, used, start)
     fresh = slice(max(first - start, 0), used)
     mass = column_mass(
         segments.tail_q[row, :, fresh],
         torch.cat([keys for keys, _ in reads], 1),
         at[fresh],
-        torch.cat([places.expand(site.kv_heads, -1) for _, places in reads], 1),
+        torch.cat([places for _, places in reads], 1),
         site.attention_scale,
         site.window,
         site.softcap,
+        segments.sink_logits,
         reduce=site.select.score.reduce if site.select else "mean",
         sums=segments.sums,
     )
@@ -266,6 +324,20 @@ def _weigh(segments: Segments, row: int, used: int, start: int) -> None:
         body.gain(row, gained)
     segments.tail_mass[row, :, :used] += parts[-1]
     segments.counted[row] = length
+
+
+def _whole(segments: Segments, row: int, used: int, start: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys [G, n, D] and positions [G, n] of sinks (once they left the tail), bodies, and tail, as queries read them.
+
+    `start`: position of the tail's first token. Heads are even: what overflows, or is read in chunks, is divided alike.
+    """
+    at = torch.arange(start, start + used, device=segments.tail_k.device)
+    reads = [(r.keys, r.positions) for r in ([segments.sinks(row)] if start else [])]
+    for body in segments.bodies:
+        stored = _stored(body, row)
+        reads.append((torch.stack([t.keys for t in stored]), torch.stack([t.positions for t in stored])))
+    reads.append((segments.tail_k[row, :, :used].float(), at[None]))
+    return [(keys, places.expand(segments.site.kv_heads, -1)) for keys, places in reads]
 
 
 def _picked(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, chosen: Chosen) -> list[Tokens]:

@@ -17,6 +17,24 @@ class Merged(NamedTuple):
     bias: torch.Tensor
 
 
+def to_merge(scores: torch.Tensor, kept: torch.Tensor, share: float, cover: float | None = None) -> torch.Tensor:
+    """Which tokens of one KV head are merged into the tokens `kept` [m], int64, ascending; the others are evicted.
+
+    The best of those that are not kept by `scores` [n], at most `share` of them. With `cover` only as many as the kept
+    and they need to hold that share of the sum of scores: few where the attention of a head is sparse, many where it is
+    spread (the sparsity by which EMS, 2024, sizes the tiers of each head; its own formula was not at hand).
+    """
+    rest = torch.ones_like(scores, dtype=torch.bool)
+    rest[kept] = False
+    others = rest.nonzero().flatten()
+    best = others[scores[others].argsort(descending=True, stable=True)][: round(share * len(others))]
+    if cover is not None:
+        mass = scores.double().clamp(min=0)
+        held = mass[kept].sum() + mass[best].cumsum(0) - mass[best]  # before each of them joins
+        best = best[held < cover * mass.sum()]
+    return best.sort().values
+
+
 def assign(kept: torch.Tensor, merged: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
     """For keys `merged` [p, D] the row of `kept` [m, D] of the largest cosine, int64 [p]; m where none exceeds it.
 

@@ -34,6 +34,10 @@ class CachePlan:
         layers = [site.layer for site in self.sites]
         if len(set(layers)) != len(layers):
             raise SmeltError(f"a cache plan has one site a layer, but got layers {layers}")
+        if len(found := self._chunks) > 1:
+            raise SmeltError(
+                f"layers read prompts together, but are told chunks (and questions) of {found}: give all of them one"
+            )
 
     def __getitem__(self, layer: int) -> Site:
         """The site of a layer."""
@@ -41,6 +45,15 @@ class CachePlan:
             if site.layer == layer:
                 return site
         raise SmeltError(f"the cache plan has no site for layer {layer}; it has {[s.layer for s in self.sites]}")
+
+    @property
+    def _chunks(self) -> list[tuple[int, int]]:
+        return sorted({(s.select.chunk, s.select.question) for s in self.sites if s.select and s.select.chunk})
+
+    @property
+    def chunk(self) -> tuple[int, int] | None:
+        """Tokens of a prompt that are read before some are let go, and of the question behind them; None: all."""
+        return next(iter(self._chunks), None)
 
     @property
     def endless(self) -> bool:

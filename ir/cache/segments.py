@@ -34,6 +34,7 @@ class Segments:
     `tail_k` [B, G, W, D] and `tail_v` [B, G, W, E] hold the tail and, behind it, the step's new tokens. `tail_q`
     [B, H, W, D]: their queries, where the site's scores need them. `tail_mass` float32 [B, G, W]: attention that they
     received so far. `sink_at` int32 [B, G]: the position of the first sink, where positions are those in the cache.
+    `sink_logits` [H]: logits without values that join the softmax of each head, of models that learn them.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Segments:
         self.tail_mass = torch.zeros(rows, site.kv_heads, width, device=device) if site.running else None
         self.sink_at = torch.zeros(rows, site.kv_heads, dtype=torch.int32, device=device) if site.compact else None
         self.sums: Sums = column_sums  # who has a kernel for attention by columns puts it here
+        self.sink_logits: torch.Tensor | None = None  # whoever attends puts the model's own here, for scores
         self.counted = [0] * rows  # tokens whose queries `tail_mass` and the bodies' masses include
         many = len(site.caps) if site.tail is not None and site.kept else 0
         self.bodies = [

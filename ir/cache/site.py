@@ -9,6 +9,7 @@ from typing import Any
 from ..encoding import Encoding, parse
 from ..errors import SmeltError
 from .code import Code
+from .estimate import Estimate
 from .geometry import Counts, Geometry, Length
 from .hyper import Hyper
 from .options import Merge, Predict, Retrieve, Rope, Select, Tier, plain
@@ -52,7 +53,7 @@ class Site(Geometry):
         if self.sink < 0 or (self.window is not None and self.window < 1):
             yield "sink must not be negative, window must be positive or none"
         if self.tail is None:
-            if self.sink or self.keys or self.values or self.select or self.tiers or self.retrieve:
+            if self.sink or self.keys or self.values or self.select or self.tiers or self.retrieve or self.estimate:
                 yield "sink, keys, values and select act on tokens that leave the tail, and none does: set `tail`"
             return
         if self.code is not None:
@@ -63,6 +64,7 @@ class Site(Geometry):
         if self.tail < 0:
             yield f"tail counts tokens, {self.tail} is negative"
         yield from self._choice_faults()
+        yield from self._estimate_faults()
         yield from self._frame_faults()
         for number, cap in enumerate(self.caps if self.kept else ()):
             if not cap:
@@ -95,13 +97,46 @@ class Site(Geometry):
             yield f"hold {self.hold} must be at least a page of {self.page}, with a tier below that takes older pages"
         if self.merge and (select is None or select.when != "prompt"):
             yield "merging takes the tokens that a selection over the prompt leaves out: set select with when: prompt"
-        if select is not None and select.when == "overflow":
+        if select is not None and (select.when == "overflow" or select.chunk):
+            what, out = (f"chunk: {select.chunk}", "no chunk") if select.chunk else ("when: overflow", "when: prompt")
             for role, encoding in (("keys", self.keys), ("values", self.values)):
                 if encoding is not None:
                     yield (
-                        f"select with when: overflow drops single tokens of the body again and again, but {role} are "
-                        f"stored as {encoding}, in closed pages: store them dense, or select when: prompt"
+                        f"select with {what} drops single tokens of the body again and again, but {role} are "
+                        f"stored as {encoding}, in closed pages: store them dense, or select with {out}"
                     )
+        if select is not None and select.chunk:
+            yield from self._chunk_faults(select.chunk, select.question)
+
+    def _chunk_faults(self, chunk: int, question: int) -> Iterator[str]:
+        """What does not go together with a prompt that is read in chunks."""
+        if chunk < self.page:
+            yield f"a chunk of {chunk} tokens does not hold one page of {self.page}: raise chunk, or lower page"
+        if self.tail is not None and self.tail > question:
+            yield (
+                f"the tail keeps {self.tail} tokens of a prompt, but only the question of {question} is there behind "
+                "the last chunk: lower tail, or ask more queries"
+            )
+        others = {"merging": self.merge, "tiers": self.tiers, "retrieve": self.retrieve, "attention.hyper": self.hyper}
+        for name, option in others.items():
+            if option:
+                yield f"{name} needs prompts as a whole, select with chunk: {chunk} reads parts: leave one of them out"
+
+    def _estimate_faults(self) -> Iterator[str]:
+        """What does not go together with estimated sums."""
+        if self.estimate is None:
+            return
+        if self.window is not None:
+            yield f"its window forgets tokens at a distance of {self.window}, which samples of all tokens cannot"
+        if self.frame == "pre" or self.compact:
+            yield "samples are drawn again and again from keys as they are read: estimate with frame: post"
+        steps: dict[str, object] = {"select": self.select, "tier": self.tiers, "retrieve": self.retrieve}
+        steps |= {"predict": self.predict, "encode": self.keys or self.values}
+        if found := [name for name, option in steps.items() if option]:
+            yield (
+                f"cache.{found[0]} acts on tokens that stand for themselves, but an estimate holds samples that stand "
+                "for others, and draws anew at every page: leave one of the two out"
+            )
 
     def _frame_faults(self) -> Iterator[str]:
         """What does not go together among frames, positions and partial reading."""
@@ -175,7 +210,7 @@ class Site(Geometry):
         if rope := data.get("rope"):
             read["rope"] = Rope(tuple(rope["inverse"]))
         kinds: dict[str, Any] = {"score": Score, "merge": Merge, "predict": Predict, "retrieve": Retrieve}
-        kinds |= {"code": Code, "hyper": Hyper}
+        kinds |= {"code": Code, "hyper": Hyper, "estimate": Estimate}
         for name, kind in kinds.items():
             if data.get(name) is not None:
                 read[name] = kind(data[name]) if isinstance(data[name], str) else kind(**data[name])

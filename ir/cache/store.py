@@ -32,9 +32,9 @@ class Cache:
     """Keys and values of `batch` rows, each with its own length, stored as a cache plan says.
 
     A step is `begin`, then `append` and `attend` for every layer, then `commit`. Tokens that are not committed leave no
-    trace. Before `end_prefill` everything stays in the tail, so that a prompt is read as it was written; from then on
-    pages leave as the plan says. What a row stores is a function of its committed tokens alone: not of the steps that
-    brought them, nor of the other rows. Positions count a row's tokens from 0.
+    trace. Before `end_prefill` (`end_chunk`) everything stays in the tail, so that a prompt is read as it was written;
+    from then on pages leave as the plan says. What a row stores is a function of its committed tokens alone: not of the
+    steps that brought them, nor of the other rows. Positions count a row's tokens from 0.
 
     `capacity`: most tokens a row may hold. `scratch`: new tokens a step may bring before buffers grow.
     `generation` changes whenever a buffer moves: whoever holds an address must fetch it again.
@@ -65,7 +65,7 @@ class Cache:
             tables = [plan.tables_of(site.layer, number) for number in numbers]
             segments = Segments(site, batch, self._least_width(site), self.device, tables, capacity)
             self.segments[site.layer] = segments
-            key = (site.sink, site.tail, site.page, site.caps, site.hold, site.tiers, site.select)
+            key = (site.sink, site.tail, site.page, site.caps, site.hold, site.tiers, site.select, site.estimate)
             schedule = self._schedules.setdefault(key, Schedule(site, batch, self.device))
             schedule.members.append(segments)
             self._schedule_of[site.layer] = schedule
@@ -98,12 +98,12 @@ class Cache:
         for site in self.plan.sites:
             if site.retrieve is not None and site.retrieve.by == "reuse":
                 maker = makers.get(site.retrieve.source)
-                same = maker is not None and maker.kv_heads == site.kv_heads
+                same = maker is not None and (maker.kv_heads, maker.window) == (site.kv_heads, site.window)
                 if maker is None or not same or self._schedule_of[maker.layer] is not self._schedule_of[site.layer]:
                     raise SmeltError(
                         f"layer {site.layer} reads the list of layer {site.retrieve.source}, which must be one in "
-                        "front that scans, with the same KV heads, sink, tail and page: put cache.retrieve last, or "
-                        "name another layer"
+                        "front that scans, with the same KV heads, window, sink, tail and page: put cache.retrieve "
+                        "last, or name another layer"
                     )
             elif site.retrieve is not None and site.retrieve.by != "pages":
                 makers[site.layer] = site
@@ -240,6 +240,7 @@ class Cache:
         Rows of the result whose token is not valid are zero. `window`, `softcap`, `sinks`: as in `smelt::attention`.
         """
         step, schedule, segments = self._current(), self._schedule_of[layer], self.segments[layer]
+        segments.sink_logits = sinks
         if segments.site.watches:
             segments.write(schedule.offsets, schedule.even, q=q)
         plain = window is None and softcap is None and sinks is None and step.ancestors is None
@@ -250,7 +251,7 @@ class Cache:
         for row, (length, counts) in enumerate(zip(self.lengths, schedule.counts, strict=True)):
             reads = segments.read(row, length, counts, step.positions[row])
             if segments.site.retrieve is not None:
-                reads = retrieved(self, layer, row, q[row], reads, scale)
+                reads = retrieved(self, layer, row, q[row], reads, scale, window, softcap)
             out.append(attend_row(q[row], step, row, reads, scale, window, softcap, sinks))
         return torch.stack(out)
 
@@ -306,24 +307,25 @@ class Cache:
 
     def _settle(self, row: int, before: int, length: int) -> None:
         """Take a row from one committed length to the next: pages that are due leave, counts follow."""
-        self.lengths[row] = length
         for schedule in self._schedules.values():
+            site, prompt, held = schedule.site, self.prompts[row], schedule.counts[row]
             if self.prefilling:
-                schedule.set(row, Counts(0, 0, length), length)
+                schedule.set(row, held._replace(tail=held.tail + length - before), length)
                 continue
-            site, prompt = schedule.site, self.prompts[row]
-            was, now, counts = site.left(before, prompt), site.left(length, prompt), site.counts(length, prompt)
+            was = self.lengths[row] - held.sink - held.tail
+            now, counts = site.left(length, prompt), site.counts(length, prompt)
             if was < now:
                 self._leave(schedule, row, before, (was, now), counts.tail)
             schedule.set(row, counts, length)
+        self.lengths[row] = length
 
     def _leave(self, schedule: Schedule, row: int, before: int, left: tuple[int, int], tail: int) -> None:
         """Let tokens left[0] … left[1] - 1 behind the sinks leave the tails of a schedule's members.
 
-        `before`: the committed length at which the last ones left; 0 at the end of the prompt.
+        `before`: the committed length at which the last ones left; 0 at the end of the prompt and of its chunks.
         """
         site = schedule.site
-        prompt = site.at_prompt and not before and self.prompts[row] > site.sink + (site.tail or 0)
+        prompt = site.at_prompt and not before and (self.prefilling or self.prompts[row] > site.sink + (site.tail or 0))
         for segments in schedule.members:
             segments.leave(row, *left, tail, prompt, self.ids[row])
             for body in segments.bodies:
@@ -340,6 +342,22 @@ class Cache:
                 schedule.set(row, Counts(0, 0, 0), 0)
                 for segments in schedule.members:
                     segments.clear(row)
+
+    def end_chunk(self, questions: Sequence[int]) -> None:
+        """A chunk of each row's prompt ends: sites that read in chunks keep what the question behind it attends to.
+
+        `questions`: its tokens, which every site gives back, so that the next chunk continues this one; 0: none ends.
+        """
+        for row in (row for row, question in enumerate(questions) if question):
+            length = self.lengths[row] - questions[row]
+            for schedule in self._schedules.values():
+                held, counts = schedule.counts[row], schedule.site.chunked(length)
+                was, now = self.lengths[row] - held.sink - held.tail, length - counts.sink - counts.tail
+                if was < now:
+                    self._leave(schedule, row, 0, (was, now), questions[row])
+                schedule.set(row, counts, length)
+            self.lengths[row] = length
+            del self.ids[row][length:]
 
     def end_prefill(self) -> None:
         """The prompt is complete: encode what left the tail, page by page, and free the space it took."""

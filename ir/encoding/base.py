@@ -84,8 +84,8 @@ class Encoding(ABC):
         """Why this shape cannot be stored, or None."""
 
     def spec(self) -> dict[str, dict[str, Any]]:
-        """The recipe form, `{name: {field: value}}`."""
-        return {self.name: {f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+        """The recipe form, `{name: {field: value}}`; what is None is left out."""
+        return {self.name: {name: _plain(value) for name, value in Encoding._options(self).items()}}
 
     def __str__(self) -> str:
         """The text form, `affine(bits=4, group=32)`."""
@@ -93,7 +93,8 @@ class Encoding(ABC):
 
     def _options(self) -> dict[str, Any]:
         """The parameters by their names in a spec."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in held.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import SmeltError, nearest
 from .base import Encoding, Parts, checked, stored_as
-from .expr import Cast, Expr, Load, Scatter, k, n, number, slot
+from .expr import Cast, Expr, Load, Scatter, k, n, number, renamed, slot, substitute
 
 PICKS = ("extremes", "magnitude")
 AXES = ("token", "channel")
@@ -30,7 +30,7 @@ class Sparse(Encoding):
     groups run over tokens, the axis should be the channel: the outliers of a group are what widens its range.
 
     Parts: `index` (uint8 up to 256 entries, or int16) and `value` float16, both `[..., N, count]` or `[..., count, K]`,
-    ascending.
+    ascending. With `values` these are stored by another encoding, in its parts with `value_` before their names.
     """
 
     name: ClassVar[str] = "sparse"
@@ -38,6 +38,7 @@ class Sparse(Encoding):
     by: str = "extremes"
     axis: str = "token"
     index: str = "uint8"
+    values: Encoding | None = None
 
     def __post_init__(self) -> None:
         keep = self.keep
@@ -51,6 +52,16 @@ class Sparse(Encoding):
             raise SmeltError(f"sparse: axis must be token or channel, not {self.axis!r}{nearest(str(self.axis), AXES)}")
         if self.index not in INDEX:
             raise SmeltError(f"sparse: index must be uint8 or int16, not {self.index!r}")
+        if self.values is not None and (not isinstance(self.values, Encoding) or self.values.calibrated):
+            raise SmeltError(
+                "sparse: values is an encoding without tables from data, such as {affine: {bits: 8, group: 0}}, not "
+                f"{self.values}"
+            )
+
+    @property
+    def closes(self) -> int:
+        """The rows of a group of the values, where each row has some."""
+        return 1 if self.values is None or self.axis == "channel" else self.values.closes
 
     @property
     def dim(self) -> int:
@@ -83,28 +94,38 @@ class Sparse(Encoding):
 
     def at(self, x: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
         """The values at entries that were chosen elsewhere."""
-        value = stored_as(self, checked(self, x).gather(self.dim, places), "value", "float16")
-        return {"index": places.to(getattr(torch, self.index)).contiguous(), "value": value.contiguous()}
+        value, index = checked(self, x).gather(self.dim, places), places.to(getattr(torch, self.index)).contiguous()
+        if self.values is None:
+            return {"index": index, "value": stored_as(self, value, "value", "float16").contiguous()}
+        return {"index": index, **{f"value_{part}": held for part, held in self.values.encode(value).items()}}
 
     def decode(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values in their places, zeros elsewhere."""
-        value = parts["value"].float()
+        if self.values is None:
+            value = parts["value"].float()
+        else:
+            held = {part.removeprefix("value_"): held for part, held in parts.items()}
+            value = self.values.decode(held, self._listed(shape))
         return torch.zeros(shape, device=value.device).scatter_(self.dim, parts["index"].long(), value).to(dtype)
 
     def stored_bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
         """An index and a value for each entry that is kept."""
-        each, across = 16 + 8 * int(getattr(torch, self.index).itemsize), shape[-2 if self.dim == -1 else -1]
-        return sympy.prod(shape[:-2]) * across * self.count(shape[self.dim]) * sympy.Integer(each)
+        listed = self._listed(shape)
+        values = 16 * sympy.prod(listed) if self.values is None else self.values.stored_bits(listed)
+        return 8 * int(getattr(torch, self.index).itemsize) * sympy.prod(listed) + values
 
     def expr(self, shape: tuple[Any, ...]) -> Expr:
         """The listed values where the column, or the row, is theirs."""
         count = self.count(shape[self.dim])
         at = n * count + slot if self.axis == "token" else slot * sympy.sympify(shape[-1]) + k
         index, value = Cast("int32", Load("index", at, self.index)), number("value", at, "float16")
+        if self.values is not None:
+            own = self.values.expr(self._listed(shape))
+            value = renamed(substitute(own, {k if self.axis == "token" else n: slot}), "value_")
         return Scatter(index, value, count, k if self.axis == "token" else n)
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """A rank below 2, more entries than an index tells apart, or fewer than are kept."""
+        """A rank below 2, more entries than an index tells apart, fewer than are kept, or values that do not fit."""
         if len(shape) < 2:
             return f"needs a tensor [..., N, K], not {list(shape)}"
         length = shape[self.dim]
@@ -113,4 +134,10 @@ class Sparse(Encoding):
             return f"{self.index} does not tell the {length} entries of dim {self.dim} apart{wider}"
         if length < 1 or self.count(length) > length:
             return f"dim {self.dim} is {length}, less than the {self.count(max(1, length))} entries that are kept"
-        return None
+        reason = self.values.refuses(self._listed(shape)) if self.values is not None else None
+        return f"its values, {self.values}: {reason}" if reason else None
+
+    def _listed(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The shape of the lists."""
+        count = self.count(shape[self.dim])
+        return (*shape[:-1], count) if self.axis == "token" else (*shape[:-2], count, shape[-1])

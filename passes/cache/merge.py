@@ -17,12 +17,14 @@ from ._sites import changed, faults
 class Merge(Pass):
     """The best of the tokens that a prompt's selection drops join the survivor of the largest cosine.
 
-    share: fraction of the dropped tokens that are merged, best first; the others are gone.
+    share: fraction of the dropped tokens that are merged at most, best first; the others are gone.
+    cover: each head merges only as many as it takes to hold this share of its score together with what is kept, so
+        that a sparse head evicts what a spread one merges (null: all heads merge `share`).
     threshold: cosine below which a token joins the zero class and is gone as well.
     values_only: survivors keep their keys, and only values are averaged.
 
     Each survivor of n tokens gets ln n on its logit, which makes n equal keys exact. Deviation: the paper merges at
-    every overflow while decoding as well, and sizes tiers by head; here a prompt is merged once, alike in all heads.
+    every overflow while decoding as well; here a prompt is merged once.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -31,9 +33,10 @@ class Merge(Pass):
     share: float = 0.5
     threshold: float = 0.0
     values_only: bool = False
+    cover: float | None = None
 
     def __post_init__(self) -> None:
-        cache.Merge(self.share, self.threshold, self.values_only)
+        self._made()
 
     def requires(self, program: Program) -> Iterator[str]:
         """A selection over the prompt, by a score that can weigh; keys that can be averaged; pages not encoded yet."""
@@ -70,4 +73,7 @@ class Merge(Pass):
         return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped)
 
     def _merged(self, site: cache.Site) -> cache.Site:
-        return replace(site, merge=cache.Merge(self.share, self.threshold, self.values_only))
+        return replace(site, merge=self._made())
+
+    def _made(self) -> cache.Merge:
+        return cache.Merge(self.share, self.threshold, self.values_only, self.cover)

@@ -42,6 +42,11 @@ class Parallel(Pass):
                     "read apart cannot be moved to their places"
                 )
                 return
+        if program.cache is not None and program.cache.chunk is not None:
+            yield (
+                f"pieces that are read apart have no question behind them, but prompts are read in chunks that do"
+                f"{program.changed_by('cache')}: set chunk of cache.select to null, or leave one of the two steps out"
+            )
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Note the option; the sites are right as they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 from ...ir import cache
@@ -23,7 +24,7 @@ class Retrieve(Pass):
         reuse does so in `layers` only, which read everything; those behind them read the same tokens (TidalDecode).
     budget: tokens of the body that are read.
     dense_layers: first layers that read everything.
-    layers: the layers that select, for by: reuse.
+    layers: the layers that select, for by: reuse; where windows differ, some of each kind.
     sink: first tokens of a sequence, which are always read.
     tail: newest tokens, which are always read.
     page: tokens of a page.
@@ -31,9 +32,9 @@ class Retrieve(Pass):
     sink, tail and page are those of the plan where tokens leave the tail already.
 
     Lists are made of closed pages, for every token of a step alone, so that a tree of drafts reads what plain decoding
-    would read. Deviations: TokenSelect scores a chunk of the prompt by its mean query and gives keys positions by their
-    place in the list; here prompts are read whole, and every key keeps its own position. TidalDecode's code selects
-    for each query head; here a layer's heads vote.
+    would read; what a layer's window hides takes nothing of the budget. Deviations: TokenSelect scores a chunk of the
+    prompt by its mean query and gives keys positions by their place in the list; here prompts are read whole, and every
+    key keeps its own position. TidalDecode's code selects for each query head; here a layer's heads vote.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -72,7 +73,14 @@ class Retrieve(Pass):
         if self.dense_layers > last:
             yield f"dense_layers {self.dense_layers} leaves no layer that reads less: the cache has {len(sites)} layers"
             return
-        yield from faults(self._sites(program.cache), self._reading)
+        for site in self._sites(program.cache) if self.layers else ():
+            if site.layer not in self.layers and self._source(program.cache, site) is None:
+                yield (
+                    f"layer {site.layer} sees {_seen(site)}, and no layer in front of it that selects does: name one "
+                    f"in layers, beside {', '.join(map(str, self.layers))}"
+                )
+                return
+        yield from faults(self._sites(program.cache), partial(self._reading, program.cache))
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Set what every layer behind the dense ones reads."""
@@ -80,7 +88,7 @@ class Retrieve(Pass):
         sites = self._sites(program.cache)
         skipped = {f"layer {s.layer}": "reads everything: dense_layers" for s in program.cache.sites if s not in sites}
         program.cache = changed(program.cache, program.cache.sites, self._paged)
-        program.cache = changed(program.cache, self._sites(program.cache), self._reading)
+        program.cache = changed(program.cache, self._sites(program.cache), partial(self._reading, program.cache))
         program.touch("cache")
         return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped)
 
@@ -91,11 +99,19 @@ class Retrieve(Pass):
     def _paged(self, site: cache.Site) -> cache.Site:
         return site if site.tail is not None else replace(site, sink=self.sink, tail=self.tail, page=self.page)
 
-    def _reading(self, site: cache.Site) -> cache.Site:
+    def _reading(self, plan: cache.CachePlan, site: cache.Site) -> cache.Site:
         if self.by != "reuse":
             read = cache.Retrieve(self.by, self.budget)
         elif site.layer in self.layers:
             read = cache.Retrieve("dense", self.budget)
         else:
-            read = cache.Retrieve("reuse", self.budget, max(l for l in self.layers if l < site.layer))
+            read = cache.Retrieve("reuse", self.budget, self._source(plan, site))
         return replace(self._paged(site), retrieve=read)
+
+    def _source(self, plan: cache.CachePlan, site: cache.Site) -> int | None:
+        """The last layer in front of a site that selects and sees the same tokens, or None."""
+        return max((at for at in self.layers if at < site.layer and plan[at].window == site.window), default=None)
+
+
+def _seen(site: cache.Site) -> str:
+    return "every token" if site.window is None else f"a window of {site.window} tokens"

@@ -31,6 +31,9 @@ class Select(Pass):
     heads: even, adaptive (a layer's tokens go to the heads that score higher, Ada-KV) or policy (FastGen).
     floor: share of its even part that every head keeps, for heads: adaptive.
     policy: what each head must recover, for heads: policy.
+    chunk: prompts are read in chunks of so many tokens, each with the question (the newest tokens, as many as
+        cache.score has queries) behind it, and what it attends to is kept of the chunk and of those before (Finch). The
+        cache never holds more than what is kept, a chunk and the question. Null: the prompt is one chunk.
     sink: first tokens of a sequence, which always stay.
     tail: newest tokens, which stay until they are older.
     page: tokens that leave together.
@@ -54,13 +57,15 @@ class Select(Pass):
     heads: Literal["even", "adaptive", "policy"] = "even"
     floor: float = 0.2
     policy: cache.Policy | None = None
+    chunk: int | None = None
     sink: int = SINK
     tail: int = TAIL
     page: int = PAGE
     skip_layers: tuple[int, ...] = (0, 1)  # where low norm does not go with high attention (section 3 of the paper)
 
     def __post_init__(self) -> None:
-        self._select(cache.Score(self.score or "value_norm"))  # refuses what no site could follow
+        stand_in = cache.Score(queries=1) if self.chunk is not None else cache.Score("value_norm")
+        self._select(cache.Score(self.score) if self.score else stand_in)  # refuses what no site could follow
         if self.keep == 1.0 and self.budget is None and self.when == "page":
             raise SmeltError(
                 "keep 1.0 without a budget drops no token: lower keep, set a budget, or leave the step out"
@@ -72,6 +77,10 @@ class Select(Pass):
         if program.cache is None:
             return
         yield from within_context(program, self.budget)
+        if self.chunk is not None and "parallel" in program.facts:
+            yield (
+                "pieces that are read apart have no question behind them: leave chunk out, or the step cache.parallel"
+            )
         layers = [site.layer for site in program.cache.sites]
         unknown = sorted(set(self.skip_layers) - set(layers))
         if unknown:
@@ -124,7 +133,7 @@ class Select(Pass):
         return replace(site, select=self._select(score), sink=self.sink, tail=self.tail, page=self.page)
 
     def _select(self, score: cache.Score) -> cache.Select:
-        return cache.Select(score, self.keep, self.budget, self.when, self.heads, self.floor, self.policy)
+        return cache.Select(score, self.keep, self.budget, self.when, self.heads, self.floor, self.policy, self.chunk)
 
 
 def _strange_norms(program: Program) -> str | None:

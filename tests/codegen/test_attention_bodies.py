@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smelt.codegen.attention import Picks
-from smelt.ir.cache import Cache, Merge, Retrieve, Rope, Score, Select, Site, Tier
+from smelt.ir.cache import Cache, Estimate, Merge, Retrieve, Rope, Score, Select, Site, Tier
 from smelt.ir.encoding import parse
 
 from .attention_checks import TOLERANCE, after, attend, chain, fresh, kernel, prompted
@@ -66,6 +66,7 @@ SITES = {
         rope=ROPE,
         dense="bfloat16",
     ),
+    "estimate": replace(PAGED, estimate=Estimate(90, 30, 2, radius=1.1), dense="float16"),
     "compact, odd": replace(
         PAGED,
         **{"heads": 7, "kv_heads": 1, "key_dim": 40, "value_dim": 24, "page": 20, "tail": 7, "dense": "float16"},

@@ -1,13 +1,23 @@
 """The C++ kernel of attention mass: against the reference, the same bits on any threads, and mutants that show."""
 
+from functools import cache
+
 import pytest
 import torch
 
 from smelt.codegen import mass
+from smelt.codegen.lower import lower
 from smelt.codegen.mass import column_sums
-from smelt.ir.cache import score
+from smelt.ir.cache import Score, Select, score
+from smelt.ir.cache.segments import Segments
+from smelt.ir.capture.hf import capture_hf
 from smelt.ir.errors import SmeltError
+from smelt.ir.program import Program
+from smelt.ir.shapes import derive
+from smelt.runtime.session import Session
 
+from ..families import zoo
+from ..ir.programs import cached
 from .mutants import mutant
 
 TOLERANCE = 5e-6  # relative to the largest; logits of 15 are rounded at 1e-6, and weights by as much
@@ -117,6 +127,33 @@ def test_the_comparison_catches_a_wrong_kernel(right, wrong):
     assert error(column_mass(q, k, q_at, k_at, 0.3, **more), want) < TOLERANCE
     with mutant(right, wrong):
         assert error(column_mass(q, k, q_at, k_at, 0.3, **more), want) > 100 * TOLERANCE
+
+
+@cache
+def with_sinks() -> Program:
+    """A decoder that learned its sinks, over a cache whose layers choose by attention."""
+    model = zoo.random_model(zoo.config("granite_swa"))
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            parameter.data = torch.linspace(-2, 4, len(parameter))
+    program = capture_hf(model)
+    derive(program)
+    return cached(program, sink=2, tail=4, page=8, select=Select(Score("attention"), 0.4, when="prompt"))
+
+
+def kept(target) -> list[list[int]]:
+    """Positions of the tokens that survive of a prompt, by layer and KV head."""
+    session = Session(lower(with_sinks(), target), 1, 64)
+    session.prefill([[(7 * i) % zoo.VOCABULARY for i in range(33)]])
+    bodies = [segments.bodies[0].decoded(0) for segments in session.cache.segments.values()]
+    return [row[real.isfinite()].tolist() for b in bodies for row, real in zip(b.positions, b.bias, strict=True)]
+
+
+def test_a_models_sinks_reach_the_scores(monkeypatch):
+    wanted = kept("torch")
+    assert kept("cpp") == wanted
+    monkeypatch.setattr(Segments, "sink_logits", property(lambda self: None, lambda self, value: None), False)
+    assert kept("torch") != wanted
 
 
 def test_what_it_cannot_read_is_named():

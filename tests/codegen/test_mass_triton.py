@@ -10,7 +10,7 @@ from smelt.codegen.triton_module import load
 from smelt.ir.cache import score
 from smelt.ir.errors import SmeltError
 
-from .test_mass import SHAPES, error, given, options
+from .test_mass import SHAPES, error, given, kept, options
 from .triton_checks import INTERPRETED, compiled, in_the_interpreter, interpreted, usage
 
 pytest.importorskip("triton")
@@ -34,6 +34,11 @@ def test_the_kernels_sum_columns_as_the_reference(name, queries, keys):
         got = column_mass(q, k, q_at, k_at, 0.2, **more, normalize=normalize, reduce=reduce)
         want = score.column_mass(q, k, q_at, k_at, 0.2, **more, normalize=normalize, reduce=reduce)
         assert error(got, want) < TOLERANCE[k.dtype], more
+
+
+@interpreted
+def test_a_models_sinks_reach_the_scores():
+    assert kept("triton") == kept("torch")
 
 
 @interpreted

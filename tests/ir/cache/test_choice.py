@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smelt.ir.cache import Cache, CachePlan, Merge, Policy, Predict, Retrieve, Rope, Score, Select, Site, Tier
+from smelt.ir.cache import Cache, CachePlan, Estimate, Merge, Policy, Predict, Retrieve, Rope, Score, Select, Site, Tier
+from smelt.ir.cache import retrieve as retrieve_module
 from smelt.ir.encoding import Affine
 from smelt.ir.errors import SmeltError
 
@@ -26,8 +27,12 @@ SITES = {
     ),
     "ladder": replace(BASE, hold=8, tiers=(Tier(K8, V8, budget=16), Tier(Affine(8, 8, axis="channel"), V8))),
     "merged": replace(BASE, select=Select(ATTENTION, budget=10, when="prompt"), frame="pre", merge=Merge(0.5)),
+    "covered": replace(
+        BASE, select=Select(ATTENTION, budget=10, when="prompt"), frame="pre", merge=Merge(1.0, cover=0.8)
+    ),
     "compact": replace(BASE, select=Select(ATTENTION, 0.5, when="prompt"), frame="pre", compact=True),
     "stream": replace(BASE, select=Select("recency", 1.0, 16), frame="pre", compact=True),
+    "estimate": replace(BASE, estimate=Estimate(12, 6, 2)),
     "pages": replace(BASE, retrieve=Retrieve("pages", 16)),
     "scan": replace(BASE, retrieve=Retrieve("scan", 12)),
 }  # fmt: skip
@@ -107,10 +112,10 @@ def test_later_tokens_store_the_same_in_steps_of_any_size(site):
 def test_measured_bytes_equal_the_formula(site):
     tokens, plan = data(site), CachePlan((site,))
     cache = prompted(site, tokens)
-    even = site.select is None or site.select.heads == "even"
+    even = site.estimate is None and (site.select is None or site.select.heads == "even")
     if even:
         assert 8 * cache.nbytes().used == plan.bits(PROMPT) == site.bits(PROMPT, PROMPT)
-    else:  # heads round to pages by themselves, and a policy keeps what it must
+    else:  # heads round to pages by themselves, a policy keeps what it must, and samples may share a cluster
         assert 8 * cache.nbytes().used <= site.bits(PROMPT, PROMPT) + site.kv_heads * site.page_bits(0)
     for at in range(PROMPT, LENGTH):
         feed(cache, site, tokens, at, at + 1)
@@ -292,6 +297,62 @@ def test_reading_all_of_the_body_is_reading_it(name):
     whole = feed(prompted(dense, tokens), dense, tokens, PROMPT, PROMPT + 1)
     assert torch.allclose(outs[0], whole, atol=1e-5)
     assert not torch.allclose(outs[1], whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["pages", "scan"])
+def test_what_a_window_hides_takes_nothing_of_the_budget(name, monkeypatch):
+    """28 body tokens are in reach, in 4 pages; those out of it have the loudest keys."""
+    site = replace(SITES[name], window=40, retrieve=replace(SITES[name].retrieve, budget=32))
+    q, k, v = data(site)
+    k[:, :, :18] *= 4
+    whole = replace(site, retrieve=None)
+    want = feed(prompted(whole, (q, k, v)), whole, (q, k, v), PROMPT, PROMPT + 1)
+    assert torch.allclose(feed(prompted(site, (q, k, v)), site, (q, k, v), PROMPT, PROMPT + 1), want, atol=1e-5)
+    right = retrieve_module._near  # a mutant: a choice among all tokens
+    monkeypatch.setattr(retrieve_module, "_near", lambda read, at, window: right(read, at, None))
+    assert not torch.allclose(feed(prompted(site, (q, k, v)), site, (q, k, v), PROMPT, PROMPT + 1), want, atol=1e-3)
+
+
+def test_heads_vote_by_logits_with_their_cap():
+    site = SITES["scan"]
+    q, k, v = data(site)
+    q[:, 0] *= 20  # a head that attends to few tokens, but for the cap
+    votes = {}
+    for cap in (None, 2.0):
+        cache = prompted(site, (q, k, v))
+        cache.begin(torch.tensor([[PROMPT]]))
+        cache.append(0, k[:, :, PROMPT : PROMPT + 1], v[:, :, PROMPT : PROMPT + 1])
+        cache.attend(0, q[:, :, PROMPT : PROMPT + 1], site.attention_scale, None, cap)
+        votes[cap] = set(cache.picked[0, 0][0, 0].nonzero().flatten().tolist())
+    logits = q[0, :, PROMPT].unflatten(0, (2, 2)) @ k[0, :, 2 : 2 + site.left(PROMPT)].mT * site.attention_scale
+    shares = torch.softmax(2 * torch.tanh(logits / 2), -1).sum((0, 1))
+    assert votes[2.0] == set(shares.topk(12).indices.tolist()) != votes[None]
+
+
+@pytest.mark.parametrize("name", ["prompt", "heavy", "policy"])
+def test_a_models_own_sinks_are_in_the_softmax_of_scores(name):
+    """Queries and heads that give most of theirs to a sink without a value count less."""
+    site = replace(SITES[name], select=replace(SITES[name].select, budget=16))
+    q, k, v = data(site)
+    sinks = torch.tensor([9.0, -9.0, 3.0, 0.0])
+    logits = q[0, :, :PROMPT].unflatten(0, (2, 2)) @ k[0, :, None, :PROMPT].mT * site.attention_scale
+    logits = logits.masked_fill(torch.ones(PROMPT, PROMPT).triu(1).bool(), float("-inf"))
+    extra = sinks.view(2, 2, 1, 1).expand(2, 2, PROMPT, 1)
+    shares = torch.softmax(torch.cat([logits, extra], -1), -1)[..., 2 : 2 + site.left(PROMPT, PROMPT)]
+    held = {}
+    for mine in (sinks, None):
+        cache = Cache(CachePlan((site,)), 1, 200)
+        cache.begin(torch.arange(PROMPT)[None])
+        cache.append(0, k[:, :, :PROMPT], v[:, :, :PROMPT])
+        cache.attend(0, q[:, :, :PROMPT], site.attention_scale, site.window, None, mine)
+        cache.commit([list(range(PROMPT))])
+        cache.end_prefill()
+        decoded = [body.decoded(0) for body in cache.segments[0].bodies]
+        held[mine is None] = torch.cat([d.positions for d in decoded], 1)
+    assert held[True].shape != held[False].shape or not torch.equal(held[True], held[False])
+    if name != "policy":
+        mass = shares[:, :, -4:].mean((1, 2)) if name == "prompt" else shares.sum((1, 2))
+        assert torch.equal(held[False], mass.topk(16).indices.sort().values + 2)
 
 
 def test_a_tree_reads_what_single_tokens_read():

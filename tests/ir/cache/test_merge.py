@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smelt.ir.cache.merge import assign, merge
+from smelt.ir.cache.merge import assign, merge, to_merge
 from smelt.ir.errors import SmeltError
 
 TOLERANCE = 1e-6
@@ -47,6 +47,23 @@ def test_it_computes_score_weighted_means(threshold):
 def test_the_comparison_sees_a_wrong_answer(wrong):
     got = merge(K, V, SCORES, KEPT, MERGED)
     assert max(float((a - b).abs().max()) for a, b in zip(got, naive(**wrong), strict=True)) > 100 * TOLERANCE
+
+
+def test_a_sparse_head_evicts_what_a_spread_one_merges():
+    """Of 40 tokens 8 are kept; the others are merged best first, until both hold the part of the score."""
+    kept, at = torch.arange(8), torch.arange(40)
+    heads = {"sparse": 0.5**at, "spread": 1 - at / 1000}
+    for name, scores in heads.items():
+        made = to_merge(scores, kept, 1.0, 0.9)
+        held = (scores[:8].sum() + scores[made].sum()) / scores.sum()
+        assert made.tolist() == list(range(8, 8 + len(made))) and (held >= 0.9 or not len(made))
+        assert not len(made) or held - scores[made[-1]] / scores.sum() < 0.9  # not one more than it takes
+        assert len(made) == {"sparse": 0, "spread": 28}[name]
+        assert to_merge(scores, kept, 1.0, 1.0).tolist() == list(range(8, 40))
+        assert to_merge(scores, kept, 0.25).tolist() == list(range(8, 16))  # alike in all heads
+    assert len(to_merge(heads["spread"], kept, 0.25, 0.9)) == 8
+    assert len(to_merge(heads["spread"].flip(0), kept, 1.0, 0.9)) == 28  # the best of them, wherever they stand
+    assert to_merge(torch.zeros(40), kept, 1.0, 0.9).numel() == 0
 
 
 def test_equal_keys_merge_without_loss():

@@ -33,6 +33,12 @@ EXAMPLES: dict[str, tuple[Encoding, float, float]] = {
         Sum((Affine(2, 64, "channel", True), LowRank(4), Sparse(0.03, axis="channel")), "outliers"), 11.3, 12.9),
     "listed": (Sparse(3, "magnitude", index="int16"), 2.6, 4.2),
     "low rank": (LowRank(4), 2.4, 4.0),
+    "low rank in four bits": (LowRank(4, factors=Affine(4, 0)), 2.3, 3.9),
+    "codes behind a low rank": (Sum((LowRank(2, factors=Affine(4, 0)), Affine(3, 64, "channel", True))), 16.3, 17.9),
+    "outliers in a byte": (Sparse(0.05, axis="channel", values=Affine(8, 0)), 1, 2),
+    "a corrected cache": (
+        Sum((LowRank(1, factors=Affine(4, 0)), Affine(3, 64, zero=True),
+             Sparse(0.02, values=Affine(8, 64, "channel"))), "outliers"), 16.4, 18.0),
     "sign": (Sign(32), 1.9, 3.5),
     "a sum": (Sum((Affine(2, 64, "channel", True), LowRank(4), Sparse(0.02))), 10.0, 11.6),
     "outliers first": (OUTLIERS, 10.0, 11.6),

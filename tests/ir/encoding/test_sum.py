@@ -71,6 +71,30 @@ def test_low_rank_is_nearly_the_best_there_is() -> None:
     assert torch.equal(through(LowRank(2), x), through(LowRank(2), x))
 
 
+def test_factors_of_few_bits_cost_little_where_codes_come_after_them() -> None:
+    x = 3 * gaussian(64, 2) @ gaussian(2, 64, seed=1) + gaussian(64, 64, seed=2)
+    codes, fine, coarse = Affine(3, 64, zero=True), LowRank(2), LowRank(2, factors=Affine(4, 0))
+    first = [decibels(x, through(Sum((low, codes)), x)) for low in (fine, coarse)]
+    assert first[0] - first[1] < 2.5 and 3 * coarse.stored_bits((64, 64)) < fine.stored_bits((64, 64))
+    # rounding leaves no structure: two directions of 64 are a thirtieth of it
+    after = decibels(x, through(Sum((codes, fine)), x))
+    assert after - decibels(x, through(codes, x)) < 1.5 and min(first) > after + 6
+    reasons = LowRank(2, factors=Affine(4, 0)).refuses((48, 64)), Sparse(2, values=Affine(8, 7)).refuses((64, 64))
+    assert "its factors, affine(bits=4" in (reasons[0] or "") and "its values, affine(bits=8" in (reasons[1] or "")
+
+
+def test_the_left_factor_is_fitted_to_the_right_one_as_it_was_rounded() -> None:
+    x, factors = gaussian(64, 3) @ gaussian(3, 64, seed=1), Affine(3, 0)
+    low = LowRank(3, factors=factors)
+    parts = low.encode(x)
+    right = factors.decode({part[6:]: held for part, held in parts.items() if part.startswith("right")}, (3, 64))
+    best = x @ torch.linalg.pinv(right)
+    held = {part[5:]: held for part, held in parts.items() if part.startswith("left_")}
+    assert torch.equal(held["codes"], factors.encode(best.mT.contiguous())["codes"])
+    naive = factors.encode((x @ right.mT).mT.contiguous())
+    assert not torch.equal(held["scale"], naive["scale"])
+
+
 def test_low_rank_of_great_and_small_numbers_is_finite() -> None:
     x = gaussian(64, 4) @ gaussian(4, 64, seed=1)
     for size in (1e3, 1e-6):

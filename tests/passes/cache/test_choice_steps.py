@@ -133,7 +133,12 @@ def test_layers_behind_the_dense_ones_read_a_part(cached):
 
 def test_a_list_is_reused_behind_the_layer_that_makes_it(cached):
     run(Encode(KEYS, VALUES, **SMALL), cached)
-    run(Retrieves("reuse", 64, dense_layers=0, layers=(0,)), cached)
+    seen = cached.cache.sites[1]
+    cached.cache = cached.cache.with_site(replace(seen, window=40))
+    step = Retrieves("reuse", 64, dense_layers=0, layers=(0,))
+    assert "layer 1 sees a window of 40 tokens, and no layer in front of it that selects does" in refusal(step, cached)
+    cached.cache = cached.cache.with_site(seen)
+    run(step, cached)
     assert [site.retrieve for site in cached.cache.sites] == [Retrieve("dense", 64), Retrieve("reuse", 64, 0)]
     assert {(site.sink, site.tail, site.page) for site in cached.cache.sites} == {(2, 32, 32)}
 
