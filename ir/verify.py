@@ -9,6 +9,7 @@ from weakref import WeakSet
 from torch import fx
 
 from .cache.plan import Site
+from .decode import Heads, Recycle
 from .encoding import Dense
 from .errors import SmeltError, nearest
 from .ops import CACHED_ATTENTION, OPS, arguments
@@ -160,18 +161,21 @@ def _decode(program: Program) -> None:
     plan = program.decode
     if plan is None:
         return
-    if plan.drafter not in ("recycle", "heads"):
-        _refuse(program, f"decode plan: unknown drafter '{plan.drafter}'; known: recycle, heads")
     if "logits" not in program.outputs:
         _refuse(program, "decode plan: verifying drafts needs the output 'logits'")
     vocabulary = program.outputs["logits"].meta["shape"][-1]
-    if plan.width > vocabulary:
-        _refuse(program, f"decode plan: drafts {plan.width} candidates out of {vocabulary} tokens")
-    if plan.drafter != "heads":
-        return
+    for draft in plan.draft.parts:
+        if isinstance(draft, Recycle | Heads) and draft.width > vocabulary:
+            _refuse(program, f"decode plan: drafts {draft.width} candidates out of {vocabulary} tokens")
+        if isinstance(draft, Heads):
+            _heads(program, draft, vocabulary)
+
+
+def _heads(program: Program, draft: Heads, vocabulary: Any) -> None:
+    """The output that heads draft from fits the tree."""
     if "heads" not in program.outputs:
         _refuse(program, "decode plan: the drafter 'heads' reads the output 'heads', which the program does not have")
-    heads, depth = program.outputs["heads"].meta["shape"], max(plan.tree.depths)
+    heads, depth = program.outputs["heads"].meta["shape"], max(draft.tree.depths)
     if len(heads) != 4 or not same_shape((*heads[:2], heads[3]), program.outputs["logits"].meta["shape"]):
         _refuse(program, f"decode plan: the output 'heads' is {shown(heads)}, it must be [B, T, heads, {vocabulary}]")
     if depth > heads[2]:

@@ -11,6 +11,7 @@ from ..codegen.plan import Plan
 from ..ir.cache import Cache
 from ..ir.errors import SmeltError
 from .bound import Bound, binding
+from .trees import padded
 
 CHUNK = 512  # tokens of a prompt that are read at once
 LOGITS = 1 << 26  # most logits of a chunk (256 MiB); large batches and vocabularies read fewer tokens at once
@@ -35,7 +36,7 @@ class Session:
         """`decoded`: small tables, shared between sessions of one plan."""
         if plan.program.cache is None:
             raise SmeltError(f"{plan.program.name} has no cache, so it cannot generate: add the step cache.insert")
-        nodes = len(plan.program.decode.tree) if plan.program.decode else 1
+        nodes = padded(1 + plan.program.decode.draft.most) if plan.program.decode else 1
         for site in plan.program.cache.sites:
             if site.hyper is not None and nodes > site.hyper.min_seq_len:
                 raise SmeltError(

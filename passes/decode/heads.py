@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from ...ir.decode import DecodePlan
+from ...ir import decode
 from ...ir.errors import SmeltError
 from ...ir.ops import HEAD, LINEAR, arguments
 from ...ir.program import Program
@@ -74,7 +74,7 @@ class Heads(Pass):
             stacked = program.graph.call_function(torch.ops.aten.stack.default, (guesses, -2))
         program.set_output("heads", stacked)
         tree = best_tree([usual_rates(self.width)] * self.heads, self.nodes)
-        program.decode = DecodePlan("heads", tree, self.width)
+        program.decode = decode.DecodePlan(decode.Heads(tree, self.width))
         program.facts["heads_trained"] = False
         added = sorted(set(program.weights) - before)
         program.touch("decode", *added)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir.decode import DecodePlan
+from ...ir import decode
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from .._contracts import cached_decoder, no_drafter
@@ -48,7 +48,7 @@ class Recycle(Pass):
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Set the decode plan; the graph stays as it is."""
         tree = best_tree([usual_rates(self.width)] * LEVELS, self.nodes)
-        program.decode = DecodePlan("recycle", tree, self.width)
+        program.decode = decode.DecodePlan(decode.Recycle(tree, self.width))
         program.touch("decode")
         levels = [tree.depths.count(depth) for depth in range(1, max(tree.depths) + 1)]
         return Outcome(("decode",), notes={"nodes": len(tree) - 1, "levels": levels})

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ...ir import decode
 from ...ir.encoding import Dense
 from ...ir.errors import SmeltError
 from ...ir.program import Program
@@ -60,7 +61,11 @@ class Heads(Pass):
         """Untrained heads whose weights are Dense."""
         yield from decoder_only(program)
         since = program.changed_by("decode")
-        if program.decode is None or program.decode.drafter != "heads" or "heads" not in program.outputs:
+        if (
+            program.decode is None
+            or not isinstance(program.decode.draft, decode.Heads)
+            or "heads" not in program.outputs
+        ):
             has = f"decodes by {program.decode.drafter}" if program.decode else "has no drafter"
             yield f"{program.name} must decode by heads, but {has}{since}: put decode.heads in front"
             return
@@ -78,19 +83,20 @@ class Heads(Pass):
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Train, store the weights in the type they had, and replace the draft tree."""
         plan = program.decode
-        if samples is None or plan is None:
+        if samples is None or plan is None or not isinstance(plan.draft, decode.Heads):
             raise SmeltError("train.heads needs sample texts: pass calibration texts to compile")
+        draft = plan.draft
         drill = Drill.of(program, self.decay)
         learn, held = self._windows(samples.tokens, drill.heads)
-        before = drill.measure(held, plan.width)
+        before = drill.measure(held, draft.width)
         updates = self._train(drill, learn, held, samples, before)
         for name, value in drill.weights.items():
             old = program.weights[name]
             program.weights[name] = replace(old, parts=old.encoding.encode(value.detach()))
             value.data.copy_(program.weights[name].dense())
-        after = drill.measure(held, plan.width)
-        tree = best_tree(after.hits, len(plan.tree) - 1)
-        program.decode = replace(plan, tree=tree)
+        after = drill.measure(held, draft.width)
+        tree = best_tree(after.hits, len(draft.tree) - 1)
+        program.decode = replace(plan, draft=replace(draft, tree=tree))
         program.facts["heads_trained"] = True
         program.touch("decode", *drill.weights)
         notes = {

@@ -100,8 +100,8 @@ def test_an_encoded_head_is_copied_decoded(cached, tokens):
 
 def test_the_tree_is_as_deep_as_there_are_heads(cached):
     Heads(heads=2, width=4, nodes=12).apply(cached, None)
-    plan = cached.decode
-    assert (plan.drafter, plan.width, len(plan.tree), max(plan.tree.depths)) == ("heads", 4, 13, 2)
+    plan, draft = cached.decode, cached.decode.draft
+    assert (plan.drafter, draft.width, len(draft.tree), max(draft.tree.depths)) == ("heads", 4, 13, 2)
     assert Heads.exactness is Exactness.EXACT and Heads.effects == {"outputs", "decode"}
 
 

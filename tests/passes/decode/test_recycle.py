@@ -2,6 +2,7 @@
 
 import pytest
 
+from smelt.ir import decode as drafts
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.errors import SmeltError
 from smelt.passes import Exactness
@@ -11,15 +12,15 @@ from smelt.passes.structure import same_computation
 
 def test_the_defaults_are_the_papers_size(cached):
     outcome = Recycle().apply(cached, None)
-    assert cached.decode.drafter == "recycle" and cached.decode.width == 8
-    assert len(cached.decode.tree) == 1 + 80
+    assert cached.decode.drafter == "recycle" and cached.decode.draft.width == 8
+    assert len(cached.decode.draft.tree) == 1 + 80
     assert outcome.notes == {"nodes": 80, "levels": [8, 21, 25, 17, 8, 1]}
     assert cached.touched >= {"decode"}
 
 
 def test_a_small_tree_drafts_a_chain_first(cached):
     Recycle(width=2, nodes=3).apply(cached, None)
-    assert cached.decode == DecodePlan("recycle", Tree.from_paths([(0,), (0, 0), (0, 0, 0)]), 2)
+    assert cached.decode == DecodePlan(drafts.Recycle(Tree.from_paths([(0,), (0, 0), (0, 0, 0)]), 2))
 
 
 def test_the_model_stays_as_it_is(cached):
