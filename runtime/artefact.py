@@ -28,6 +28,7 @@ from ..ir.weight import Mapped, Weight
 FORMAT = 1
 MANIFEST, SEAL, PROGRAM, WEIGHTS = "manifest.json", "manifest.sha256", "program.txt", "weights.safetensors"
 TABLES = "cache.safetensors"  # calibrated tables of the cache's encodings
+DRAFTS = "decode.safetensors"  # tables of drafters
 
 
 def save(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
@@ -87,6 +88,10 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> Program:
         if program.cache is None:
             raise SmeltError(f"{folder / TABLES}: holds tables of a cache that the program does not have")
         program.cache = program.cache.with_tables(load_file(folder / TABLES))
+    if DRAFTS in manifest["files"]:
+        if program.decode is None:
+            raise SmeltError(f"{folder / DRAFTS}: holds tables of a drafter that the program does not have")
+        program.decode = program.decode.with_tables(load_file(folder / DRAFTS))
     return program
 
 
@@ -122,6 +127,8 @@ def _write(draft: Path, program: Program, assets: Mapping[str, bytes], facts: Ma
     save_file(_tensors(program), draft / WEIGHTS)
     if program.cache is not None and program.cache.tables:
         save_file(dict(program.cache.tables), draft / TABLES)
+    if program.decode is not None and program.decode.tables:
+        save_file(dict(program.decode.tables), draft / DRAFTS)
     (draft / PROGRAM).write_text(print_program(program), encoding="utf-8")
     for name, content in assets.items():
         (draft / name).write_bytes(content)

@@ -187,10 +187,13 @@ class Jacobi(Draft):
 
 @dataclass(frozen=True)
 class Union(Draft):
-    """Several drafters whose trees grow together, the likeliest `nodes` of them all in a step."""
+    """Several drafters whose trees grow together, the likeliest `nodes` of them all in a step.
+
+    Without a limit a step has 64 rows, with the pending token.
+    """
 
     drafts: tuple[Draft, ...]
-    nodes: int = 24
+    nodes: int = 63
 
     def __post_init__(self) -> None:
         _positive(self, "nodes")
@@ -201,7 +204,7 @@ class Union(Draft):
 
     @property
     def most(self) -> int:
-        return self.nodes
+        return min(self.nodes, sum(draft.most for draft in self.drafts))
 
     @property
     def parts(self) -> tuple[Draft, ...]:
