@@ -9,7 +9,7 @@ from weakref import WeakSet
 from torch import fx
 
 from .cache.plan import Site
-from .decode import Heads, Recycle
+from .decode import Heads, Model, Recycle
 from .encoding import Dense
 from .errors import SmeltError, nearest
 from .ops import CACHED_ATTENTION, OPS, arguments
@@ -28,7 +28,8 @@ def verify(program: Program) -> None:
 
     A Program holds a well-formed graph of ATen and dialect calls that write nothing in place, returns named tensors,
     reads every weight it carries, stores each weight as its encoding says, and has for each cache site exactly one
-    `cached_attention` of its geometry. Its decode plan finds the outputs that it drafts from.
+    `cached_attention` of its geometry. Its decode plan finds the outputs that it drafts from, and
+    its draft model holds all this too.
     """
     _graph(program)
     _weights(program)
@@ -38,6 +39,8 @@ def verify(program: Program) -> None:
             _refuse(program, f"{_at(node)}: {fault}")
     _results(program)
     _cache(program)
+    if program.draft is not None:
+        verify(program.draft)
     _decode(program)
 
 
@@ -164,11 +167,22 @@ def _decode(program: Program) -> None:
     if "logits" not in program.outputs:
         _refuse(program, "decode plan: verifying drafts needs the output 'logits'")
     vocabulary = program.outputs["logits"].meta["shape"][-1]
+    if any(isinstance(draft, Model) for draft in plan.draft.parts):
+        _draft_model(program, vocabulary)
     for draft in plan.draft.parts:
         if isinstance(draft, Recycle | Heads) and draft.width > vocabulary:
             _refuse(program, f"decode plan: drafts {draft.width} candidates out of {vocabulary} tokens")
         if isinstance(draft, Heads):
             _heads(program, draft, vocabulary)
+
+
+def _draft_model(program: Program, vocabulary: Any) -> None:
+    """There is a decoder of the same tokens that drafts."""
+    if program.draft is None or program.draft.cache is None or "logits" not in program.draft.outputs:
+        _refuse(program, "decode plan: drafts come from a draft model, which the program does not have")
+    words = program.draft.outputs["logits"].meta["shape"][-1]
+    if words != vocabulary:
+        _refuse(program, f"decode plan: the draft model has {words} tokens, the model {vocabulary}")
 
 
 def _heads(program: Program, draft: Heads, vocabulary: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from ..ir.decode import Accept, DecodePlan, KSequential, Merge, Near, Proposal, Reject, Typical
+from ..ir.decode import Accept, DecodePlan, KSequential, Merge, Near, Proposal, Reject, Trust, Typical
 from . import noise
 from .sampling import Sampling, choose
 from .trees import Below
@@ -78,6 +78,8 @@ def acceptor(plan: DecodePlan) -> Acceptor:
         return Merger(rule, plan.tables)
     if isinstance(rule, Near):
         return NearTaker(rule)
+    if isinstance(rule, Trust):
+        return Truster()
     return Walker()
 
 
@@ -90,6 +92,20 @@ class Walker:
         """See `Acceptor`."""
         chosen = choose(at.processed, at.sampling, at.requests, at.positions).tolist()
         return [(token, _node(below, token)) for token, below in zip(chosen, drafted, strict=True)]
+
+
+class Truster:
+    """`Trust`: a drafted token where there is one, else what plain decoding chooses."""
+
+    plain = False
+
+    def behind(self, at: Standing, drafted: Sequence[Below], paths: Sequence[Sequence[int]]) -> list[Came]:
+        """See `Acceptor`."""
+        plain = Walker().behind(at, drafted, paths)
+        return [
+            (below.tokens[0], below.nodes[0]) if below.tokens else came
+            for below, came in zip(drafted, plain, strict=True)
+        ]
 
 
 class Single:
@@ -107,7 +123,16 @@ class Single:
 
 
 class Trying(Single):
-    """A rule that tries the children in the order of the draft, each with a probability, and draws if none is taken."""
+    """A rule that tries the children in the order of the draft, each with a probability, and draws if none is taken.
+
+    Greedy decoding has nothing to try: it walks.
+    """
+
+    def behind(self, at: Standing, drafted: Sequence[Below], paths: Sequence[Sequence[int]]) -> list[Came]:
+        """See `Acceptor`."""
+        if at.sampling.greedy:
+            return Walker().behind(at, drafted, paths)
+        return super().behind(at, drafted, paths)
 
     def one(self, at: Standing, row: int, below: Below, path: Sequence[int]) -> Came:
         """See `Single`."""

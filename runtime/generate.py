@@ -15,7 +15,8 @@ import torch
 
 from ..ir.errors import SmeltError
 from .accept import Standing, Walker, acceptor
-from .drafters import Drafted, Drafter, Verified, drafter
+from .drafters.base import Drafted, Drafter, Verified
+from .drafters.make import Setting, drafter
 from .sampling import Context, Sampling, choose, not_finite
 from .session import Draw, Session
 from .trees import Trees
@@ -69,7 +70,8 @@ class Decoding:
         self._check(vocabulary, requests)
         self._requests = torch.tensor(list(range(len(self.rows)) if requests is None else requests))
         plan = program.decode if speculate else None
-        self.drafter: Drafter | None = drafter(plan, vocabulary, len(prompts)) if plan else None
+        setting = Setting(session, sampling, self._requests)
+        self.drafter: Drafter | None = drafter(plan, vocabulary, setting) if plan else None
         self._accept = acceptor(plan) if plan else Walker()
         penalized = sampling.repetition_penalty != 1
         self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool) if penalized else None
@@ -168,11 +170,11 @@ class Decoding:
 
     def _drafts(self) -> list[Drafted]:
         """What each row drafts; one that has ended, where nothing is looked at, what another one does."""
-        made = {
-            number: self.drafter.propose(number) if self.drafter else Drafted.chain(row.tokens[-1:])
-            for number, row in enumerate(self.rows)
-            if not row.done
-        }
+        running = [number for number, row in enumerate(self.rows) if not row.done]
+        if self.drafter is None:
+            made = {number: Drafted.chain(self.rows[number].tokens[-1:]) for number in running}
+        else:
+            made = self.drafter.propose_all(running)
         some = next(iter(made.values()))
         return [made.get(number, some) for number in range(len(self.rows))]
 

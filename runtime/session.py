@@ -32,11 +32,19 @@ class Draw(NamedTuple):
 class Session:
     """Runs a decoder's plan over a cache of `batch` rows that hold at most `capacity` tokens each."""
 
-    def __init__(self, plan: Plan, batch: int, capacity: int, decoded: dict[str, torch.Tensor] | None = None) -> None:
-        """`decoded`: small tables, shared between sessions of one plan."""
+    def __init__(
+        self,
+        plan: Plan,
+        batch: int,
+        capacity: int,
+        decoded: dict[str, torch.Tensor] | None = None,
+        nodes: int | None = None,
+    ) -> None:
+        """`decoded`: small tables, shared between sessions of one plan. `nodes`: of a step, if not the plan says so."""
         if plan.program.cache is None:
             raise SmeltError(f"{plan.program.name} has no cache, so it cannot generate: add the step cache.insert")
-        nodes = padded(1 + plan.program.decode.draft.most) if plan.program.decode else 1
+        if nodes is None:
+            nodes = padded(1 + plan.program.decode.draft.most) if plan.program.decode else 1
         for site in plan.program.cache.sites:
             if site.hyper is not None and nodes > site.hyper.min_seq_len:
                 raise SmeltError(

@@ -62,7 +62,10 @@ class Trees:
     def below(self, row: int, node: int) -> Below:
         """What was drafted behind a node."""
         draft = self.drafts[row]
-        nodes = [child for child in range(1, len(draft.tokens)) if draft.parents[child] == node]
+        if draft.draws is not None:
+            nodes = [child for parent, child in draft.draws if parent == node]
+        else:
+            nodes = [child for child in range(1, len(draft.tokens)) if draft.parents[child] == node]
         law = None if draft.laws is None else draft.laws[node]
         return Below([draft.tokens[child] for child in nodes], nodes, law)
 

@@ -1,7 +1,7 @@
 """How new tokens are proposed, verified and accepted: drafts, acceptance rules, and the plan that joins them."""
 
-from .accept import Accept, KSequential, Law, Merge, Near, Reject, Typical, Walk
-from .draft import Draft, Heads, Jacobi, Lookahead, Lookup, Proposal, Recycle, Suffix, Trigrams, Union
+from .accept import Accept, KSequential, Law, Merge, Near, Reject, Trust, Typical, Walk
+from .draft import Draft, Heads, Jacobi, Lookahead, Lookup, Model, Proposal, Recycle, Suffix, Trigrams, Union
 from .plan import DecodePlan
 from .tree import Tree
 
@@ -16,6 +16,7 @@ __all__ = [
     "Lookahead",
     "Lookup",
     "Merge",
+    "Model",
     "Near",
     "Proposal",
     "Recycle",
@@ -23,6 +24,7 @@ __all__ = [
     "Suffix",
     "Tree",
     "Trigrams",
+    "Trust",
     "Typical",
     "Union",
     "Walk",

@@ -102,6 +102,14 @@ class Near(Accept):
             raise SmeltError(f"top counts from 1 and regret from 0, not {self.top} and {self.regret}")
 
 
+@dataclass(frozen=True)
+class Trust(Accept):
+    """Accept the whole draft; only what comes behind it is the model's (Entropy Adaptive Decoding, 2025)."""
+
+    law: ClassVar[Law] = "unbounded"
+    proposals: ClassVar[frozenset[Proposal]] = ANY
+
+
 KINDS: dict[str, type[Accept]] = {
     "walk": Walk,
     "reject": Reject,
@@ -109,6 +117,7 @@ KINDS: dict[str, type[Accept]] = {
     "typical": Typical,
     "merge": Merge,
     "near": Near,
+    "trust": Trust,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from ..errors import SmeltError
 from .tree import Tree
@@ -17,9 +17,12 @@ Under noise that is keyed by position a draw that uses the verifier's own noise 
 
 @dataclass(frozen=True)
 class Draft:
-    """Options of a drafter; `nodes` is the most that it drafts in a step, the pending token not counted."""
+    """Options of a drafter."""
 
-    proposal: ClassVar[Proposal] = "fixed"
+    @property
+    def proposal(self) -> Proposal:
+        """How the children of a node come about."""
+        return "fixed"
 
     @property
     def most(self) -> int:
@@ -30,6 +33,11 @@ class Draft:
     def parts(self) -> tuple[Draft, ...]:
         """The drafts that this one is made of: itself, if of no others."""
         return (self,)
+
+    @property
+    def joins(self) -> bool:
+        """Whether it can be one of several: fixed by the context, and without rows of its own beside the tree."""
+        return self.proposal == "fixed" and not isinstance(self, Union | Lookahead | Jacobi)
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,41 @@ class Jacobi(Draft):
 
 
 @dataclass(frozen=True)
+class Model(Draft):
+    """A smaller decoder, the program's `draft`, draws tokens from its own law behind every node of a tree.
+
+    tree: of a fixed shape; node j of rank r holds the r-th draw at its parent (Sequoia, Chen et al., 2024).
+    width, depth: without a fixed shape every level draws `width` tokens, where the model's own law says that they are
+        likeliest to be reached: the value of a draw is fixed before it is made (DySpec, Xiong et al., 2024).
+    draws: `coupled` uses the verifier's noise, so that both models often choose alike and nothing is left to chance;
+        `distinct` draws without repetition, `iid` draws `width` chains of their own (SpecTr, SpecInfer).
+    entropy: nats; the draft ends where the mean entropy of the last `window` laws lies above.
+    """
+
+    tree: Tree | None = None
+    width: int = 1
+    depth: int = 4
+    draws: Literal["coupled", "distinct", "iid"] = "coupled"
+    entropy: float | None = None
+    window: int = 5
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", "depth", "window")
+        if self.draws == "iid" and self.tree is not None:
+            raise SmeltError("independent draws make chains: give width and depth, and no tree")
+        if self.entropy is not None and (self.width > 1 or self.tree is not None):
+            raise SmeltError("a draft that ends by entropy is a chain: leave out width and tree")
+
+    @property
+    def proposal(self) -> Proposal:
+        return "fixed" if self.draws == "coupled" else self.draws
+
+    @property
+    def most(self) -> int:
+        return len(self.tree) - 1 if self.tree is not None else self.width * self.depth
+
+
+@dataclass(frozen=True)
 class Union(Draft):
     """Several drafters whose trees grow together, the likeliest `nodes` of them all in a step.
 
@@ -199,7 +242,7 @@ class Union(Draft):
         _positive(self, "nodes")
         if len(self.drafts) < 2:
             raise SmeltError("a union joins two drafters or more")
-        if strange := [kind(d) for d in self.drafts if d.proposal != "fixed" or isinstance(d, Union | Lookahead)]:
+        if strange := [kind(d) for d in self.drafts if not d.joins]:
             raise SmeltError(f"a union joins drafts that are fixed by their context, which '{strange[0]}' is not")
 
     @property
@@ -219,6 +262,7 @@ KINDS: dict[str, type[Draft]] = {
     "trigrams": Trigrams,
     "lookahead": Lookahead,
     "jacobi": Jacobi,
+    "model": Model,
     "union": Union,
 }
 

@@ -88,7 +88,7 @@ def _made(data: Mapping[str, Any], kinds: Mapping[str, type[Any]]) -> Any:
     name = given.pop("kind")
     if name not in kinds:
         raise SmeltError(f"decode plan: unknown kind '{name}'{nearest(name, kinds)}; known: {', '.join(kinds)}")
-    if "tree" in given:
+    if given.get("tree") is not None:
         given["tree"] = Tree(tuple(given["tree"]["parents"]), tuple(given["tree"]["ranks"]))
     if kinds[name] is Union:
         given["drafts"] = tuple(_made(each, drafts.KINDS) for each in given["drafts"])

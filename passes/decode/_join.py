@@ -7,30 +7,29 @@ from dataclasses import replace
 
 import torch
 
-from ...ir.decode import DecodePlan, Draft, Lookahead, Union
-from ...ir.decode.draft import kind
+from ...ir.decode import DecodePlan, Draft, Union
+from ...ir.decode.draft import KINDS, kind
 from ...ir.program import Program
 from .._contracts import cached_decoder
 
 
-def joinable(program: Program, draft: type[Draft]) -> Iterator[str]:
-    """The contract of passes that add a drafter: a decoder with a cache plan, where this kind does not draft yet."""
+def joinable(program: Program, draft: Draft | type[Draft]) -> Iterator[str]:
+    """The contract of passes that add a drafter: a decoder with a cache plan, where this kind does not draft yet.
+
+    A kind stands for drafts that can always be joined.
+    """
     yield from cached_decoder(program)
     plan = program.decode
     if plan is None:
         return
-    since = program.changed_by("decode")
-    for part in plan.draft.parts:
-        if type(part) is not draft:
-            continue
-        yield f"{program.name} must not draft by {kind(part)} twice{since}: keep one of the two steps"
-    for each in {type(part) for part in plan.draft.parts} | {draft}:
-        if each.proposal != "fixed" or each is Lookahead:
-            yield (
-                f"{program.name} already decodes by {plan.drafter}{since}, and only drafts that their context fixes "
-                "and that need no rows of their own can be joined: keep one of the two steps"
-            )
-            return
+    since, new = program.changed_by("decode"), draft if isinstance(draft, type) else type(draft)
+    if any(type(part) is new for part in plan.draft.parts):
+        yield f"{program.name} must not draft by {_name(new)} twice{since}: keep one of the two steps"
+    if not all(part.joins for part in plan.draft.parts) or not (isinstance(draft, type) or draft.joins):
+        yield (
+            f"{program.name} already decodes by {names(plan)}{since}, and only drafts that their context fixes and "
+            "that need no rows of their own can be joined: keep one of the two steps"
+        )
 
 
 def join(program: Program, draft: Draft, tables: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -55,3 +54,7 @@ def exchange(plan: DecodePlan, old: Draft, new: Draft) -> DecodePlan:
 def names(plan: DecodePlan) -> str:
     """The kinds of drafts of a plan."""
     return " and ".join(kind(part) for part in plan.draft.parts)
+
+
+def _name(draft: type[Draft]) -> str:
+    return next(name for name, kind_of in KINDS.items() if kind_of is draft)

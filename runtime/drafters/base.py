@@ -15,6 +15,7 @@ class Drafted:
 
     `likely`: for each node how probable it seems that it is reached, for whoever has to choose among drafts.
     `laws` float32 [nodes, V]: the law that the children of each node were drawn from, where they were drawn.
+    `draws`: (parent, node) of each draw in order, where the same token may have come more than once.
     `aside`: rows behind the tree that no token is accepted of.
     """
 
@@ -22,6 +23,7 @@ class Drafted:
     parents: Sequence[int]
     likely: Sequence[float] | None = None
     laws: torch.Tensor | None = None
+    draws: list[tuple[int, int]] | None = None
     aside: Aside | None = None
 
     @classmethod
@@ -75,6 +77,10 @@ class Drafter:
     def propose(self, row: int) -> Drafted:
         """The row's draft behind its pending token, the last that it was told of."""
         raise NotImplementedError
+
+    def propose_all(self, rows: Sequence[int]) -> dict[int, Drafted]:
+        """The drafts of these rows."""
+        return {row: self.propose(row) for row in rows}
 
 
 class History(Drafter):

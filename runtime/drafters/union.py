@@ -32,8 +32,11 @@ class UnionDrafter(Drafter):
         for each in self.drafters:
             each.observe(row, verified)
 
-    def propose(self, row: int) -> Drafted:
-        drafts = [each.propose(row) for each in self.drafters]
+    def propose_all(self, rows: Sequence[int]) -> dict[int, Drafted]:
+        found = [each.propose_all(rows) for each in self.drafters]
+        return {row: self._joined([drafts[row] for drafts in found]) for row in rows}
+
+    def _joined(self, drafts: Sequence[Drafted]) -> Drafted:
         whole = Growing(drafts[0].tokens[0])
         for draft in drafts:
             likely, at = draft.likely or usual(draft.parents), [0]

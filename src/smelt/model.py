@@ -351,7 +351,7 @@ def load(folder: str | Path, target: Target = "cpp") -> Compiled:
     folder = Path(folder)
     program, manifest = artefact.load(folder)
     files = {name: (folder / name).read_bytes() for name in NAMES if name in manifest["files"]}
-    facts = {key: value for key, value in manifest.items() if key not in ("format", "weights", "files")}
+    facts = {key: value for key, value in manifest.items() if key not in ("format", "weights", "draft", "files")}
     return Compiled(program, facts, Assets(folder if files else None, files), target)
 
 

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from smelt.ir import decode
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.errors import SmeltError
-from smelt.runtime.drafters import Drafter, Verified, drafter
+from smelt.runtime.drafters.base import Drafter, Verified
 from smelt.runtime.drafters.heads import HeadsDrafter
+from smelt.runtime.drafters.make import Setting, drafter
 from smelt.runtime.drafters.table import RecycleDrafter
 from smelt.runtime.drafters.trigrams import TrigramDrafter
+from smelt.runtime.sampling import Sampling
 
 VOCABULARY = 12
 TREE = Tree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 2), (1, 0, 1)])
@@ -93,9 +95,14 @@ def paths(drafted: Any) -> list[tuple[int, ...]]:
     return found[1:]
 
 
+def setting(rows: int) -> Setting:
+    """Rows of nothing: these drafters read no model."""
+    return Setting(None, Sampling(), torch.arange(rows))  # type: ignore[arg-type]
+
+
 def begun(draft: decode.Draft, tokens: list[int], tables: dict[str, torch.Tensor] | None = None) -> Drafter:
     plan = DecodePlan(draft).with_tables(tables) if tables else DecodePlan(draft)
-    made = drafter(plan, VOCABULARY, 1)
+    made = drafter(plan, VOCABULARY, setting(1))
     made.begin(0, tokens)
     return made
 
@@ -179,7 +186,7 @@ def test_trigrams_take_the_most_probable_paths() -> None:
 
 def test_trigrams_gain_by_what_is_seen_up_to_a_cap_and_row_by_row() -> None:
     plan = DecodePlan(decode.Trigrams(gain=0.5, cap=0.7, prompt=0.0, window=3)).with_tables(COUNTED)
-    made = drafter(plan, VOCABULARY, 2)
+    made = drafter(plan, VOCABULARY, setting(2))
     made.begin(0, [1, 2, 4])
     made.begin(1, [1, 2])
     assert isinstance(made, TrigramDrafter)
@@ -205,15 +212,15 @@ def test_a_union_takes_the_likeliest_nodes_of_all() -> None:
     first = decode.Trigrams(nodes=4, depth=3, gain=0.0, prompt=0.0)
     text = [2, 4, 6, 9, 1, 2, 4, 7, 3, 1, 2]
     union = decode.Union((first, decode.Lookup(longest=2, tokens=3)), nodes=5)
-    drafted = begun(union, text, COUNTED).propose(0)
+    drafted = begun(union, text, COUNTED).propose_all([0])[0]
     alone = {path for draft in union.drafts for path in paths(begun(draft, text, COUNTED).propose(0))}
     assert len(alone) == 6 and set(paths(drafted)) == alone - {(4, 7, 3)}  # (4,) at 0.6 by lookup, 0.4 by the table
     assert drafted.likely == pytest.approx([1.0, 0.6, 0.6, 0.6, 0.54, 0.54])
 
 
 def test_the_plan_names_the_drafter() -> None:
-    assert isinstance(drafter(DecodePlan(RECYCLE), VOCABULARY, 1), RecycleDrafter)
-    assert isinstance(drafter(DecodePlan(HEADS), VOCABULARY, 1), HeadsDrafter)
+    assert isinstance(drafter(DecodePlan(RECYCLE), VOCABULARY, setting(1)), RecycleDrafter)
+    assert isinstance(drafter(DecodePlan(HEADS), VOCABULARY, setting(1)), HeadsDrafter)
     with pytest.raises(SmeltError, match=r"unknown kind 'head' \(did you mean 'heads'\?\); known: recycle, heads"):
         DecodePlan.from_dict({"draft": {"kind": "head"}, "accept": {"kind": "walk"}})
 

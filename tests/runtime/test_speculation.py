@@ -18,7 +18,7 @@ from smelt.ir.encoding import Affine
 from smelt.passes.decode.heads import Heads
 from smelt.passes.decode.recycle import Recycle
 from smelt.runtime import generate, trees
-from smelt.runtime.drafters import Drafted, Drafter, Verified
+from smelt.runtime.drafters.base import Drafted, Drafter, Verified
 from smelt.runtime.generate import Decoding, Limits
 from smelt.runtime.sampling import Sampling
 from smelt.runtime.session import Session
