@@ -57,6 +57,15 @@ class Verified:
     chosen: torch.Tensor | None = None
 
 
+def chosen_behind(verified: Verified, nodes: range) -> list[int]:
+    """The tokens that the model chooses behind these rows of a step; the likeliest where no kernel chose."""
+    chosen = verified.chosen
+    if chosen is None:
+        chosen = verified.outputs["logits"][nodes.start : nodes.stop].argmax(-1)
+        return [int(token) for token in chosen]
+    return [max(0, int(token)) for token in chosen[nodes.start : nodes.stop]]
+
+
 class Drafter:
     """Proposes tokens for the rows of one generation, and learns from what became of them."""
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from ...ir.decode import DecodePlan, Draft, Heads, Lookup, Model, Recycle, Suffix, Trigrams, Union
+from ...ir.decode import DecodePlan, Draft, Heads, Jacobi, Lookahead, Lookup, Model, Recycle, Suffix, Trigrams, Union
 from ...ir.errors import SmeltError
 from ..sampling import Sampling
 from ..session import Session
 from ..trees import padded
 from .base import Drafter
 from .heads import HeadsDrafter
+from .jacobi import JacobiDrafter
+from .lookahead import LookaheadDrafter
 from .lookup import LookupDrafter
 from .model import ModelDrafter
 from .suffix import SuffixDrafter
@@ -54,7 +56,7 @@ def _of(draft: Draft, plan: DecodePlan, vocabulary: int, setting: Setting) -> Dr
         Heads: HeadsDrafter,
         Lookup: LookupDrafter,
         Suffix: SuffixDrafter,
+        Lookahead: LookaheadDrafter,
+        Jacobi: JacobiDrafter,
     }
-    if type(draft) not in known:
-        raise SmeltError(f"no drafter for {plan.drafter} in this version of smelt")
     return known[type(draft)](draft, vocabulary, rows)

@@ -152,9 +152,14 @@ DRAFTS: dict[str, plans.Draft] = {
     "lookup": plans.Lookup(branches=2, tokens=4),
     "suffix": plans.Suffix(nodes=6),
     "trigrams": plans.Trigrams(nodes=9),
+    "lookahead": plans.Lookahead(3, 3, 2),
+    "jacobi": plans.Jacobi(5),
     "published trigrams": plans.Trigrams(nodes=9, search="mcts", iterations=20),
 }
-UNION = plans.Union((plans.Recycle(Tree.from_paths([(0,), (1,), (0, 0)]), 2), *DRAFTS.values()), nodes=7)
+UNION = plans.Union(
+    (plans.Recycle(Tree.from_paths([(0,), (1,), (0, 0)]), 2), *(draft for draft in DRAFTS.values() if draft.joins)),
+    nodes=7,
+)
 
 
 @pytest.mark.parametrize("case", [DENSE, CASES["compressed, 4-bit weights"]], ids=["dense", "compressed"])
