@@ -15,6 +15,7 @@ import torch
 
 from ..ir.errors import SmeltError
 from .accept import Standing, Walker, acceptor
+from .constraint import Constraint
 from .drafters.base import Drafted, Drafter, Verified
 from .drafters.make import Setting, drafter
 from .sampling import Context, Sampling, choose, not_finite
@@ -24,7 +25,7 @@ from .trees import Trees
 
 @dataclass
 class Row:
-    """One sequence: its prompt, what was generated, and why it ended (`eos`, `length`, `stop`) if it has."""
+    """One sequence: its prompt, what was generated, and why it ended (eos, grammar, length, stop) if it has."""
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
@@ -60,6 +61,7 @@ class Decoding:
         speculate: bool = True,
         requests: Sequence[int] | None = None,
         step_done: Callable[[], None] = lambda: None,
+        constraint: Constraint | None = None,
     ) -> None:
         """`requests`: ids that key each row's noise, its row number by default. `step_done` is called after a step."""
         program = session.plan.program
@@ -76,12 +78,13 @@ class Decoding:
         penalized = sampling.repetition_penalty != 1
         self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool) if penalized else None
         draw = Draw(sampling.seed, sampling.temperature, self._requests)
-        self._draw = draw if sampling.plain else None
+        self._guides = [constraint.guide() for _ in prompts] if constraint else None
+        self._draw = draw if sampling.plain and self._guides is None else None
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, tokens) until every row has ended; a row's first token comes out of its prompt."""
         for number, row in enumerate(self.rows):
-            self._see(torch.full((len(row.prompt),), number), row.prompt)
+            self._count(torch.full((len(row.prompt),), number), row.prompt)
         done = self.session.cache.lengths  # what a prefix has brought is not read again
         fresh = [row.prompt[length:] for row, length in zip(self.rows, done, strict=True)]
         harvest = self.drafter.harvest if self.drafter and self.drafter.harvests else None
@@ -217,7 +220,8 @@ class Decoding:
             down = []
             for number, token, child in self._behind(walking, paths, tree, positions, logits):
                 fresh[number].append(token)
-                if child is not None and len(paths[number]) < left[number] and token not in self.limits.eos:
+                ends = token in self.limits.eos or (self._guides is not None and self._guides[number].over)
+                if child is not None and len(paths[number]) < left[number] and not ends:
                     paths[number].append(child)
                     down.append(number)
             walking = down
@@ -257,10 +261,20 @@ class Decoding:
         return chosen
 
     def _processed(self, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] of rows [R] as the sampling's options shape them."""
+        """Logits [R, V] of rows [R] as the constraint and the sampling's options shape them."""
+        if self._guides is not None:
+            allowed = torch.stack([self._guides[row].allowed for row in rows.tolist()])
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         return self.sampling.process(logits, None if self._seen is None else Context(self._seen[rows]))
 
     def _see(self, rows: torch.Tensor, tokens: Sequence[int]) -> None:
+        """Rows [R] get these tokens: they count for penalties, and move their grammars on."""
+        if self._guides is not None:
+            for row, token in zip(rows.tolist(), tokens, strict=True):
+                self._guides[row].take(token)
+        self._count(rows, tokens)
+
+    def _count(self, rows: torch.Tensor, tokens: Sequence[int]) -> None:
         if self._seen is not None:
             self._seen[rows, torch.tensor(tokens)] = True
 
@@ -269,6 +283,8 @@ class Decoding:
         row.tokens += tokens
         if row.tokens[-1] in self.limits.eos:
             row.done, row.reason = True, "eos"
+        elif self._guides is not None and self._guides[number].over:
+            row.done, row.reason = True, "grammar"
         elif len(row.tokens) >= self.limits.new_tokens:
             row.done, row.reason = True, "length"
         return tokens
