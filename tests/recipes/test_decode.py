@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
 
 import smelt
 from smelt.ir.decode import Walk
 from smelt.model import Compiled
-from smelt.passes import catalogue
+from smelt.passes import Samples, catalogue
+from smelt.passes.events import ignore
+from smelt.passes.manager import run
 from smelt.recipes import load, shipped
 from smelt.texts import held_out_text, training_texts
 
@@ -24,17 +27,22 @@ GREEDY = {"max_new_tokens": 32, "eos": ()}
 
 
 @cache
+def base() -> Compiled:
+    """4-bit weights behind KIVI's cache."""
+    steps = [{"weights.quantize": {"bits": 4}}, {"include": "kivi"}]
+    recipe = {"name": "compressed", "family": "deploy", "does": "Composes.", "steps": steps}
+    return smelt.compile(str(smelt.reference_model()), recipe)
+
+
 def compiled(name: str) -> Compiled:
-    """A recipe's drafting behind 4-bit weights and KIVI's cache."""
-    steps = [{step.name: dict(step.options)} for step in load(name, catalogue()).steps if step.name != "cache.insert"]
-    recipe = {
-        "name": f"{name}-compressed",
-        "family": "deploy",
-        "does": "Composes.",
-        "steps": [{"weights.quantize": {"bits": 4}}, {"include": "kivi"}, *steps],
-    }
-    texts = training_texts(200_000) if name == "aded" else None
-    return smelt.compile(str(smelt.reference_model()), recipe, calibration=texts)
+    """What a recipe adds to inserting a cache, added to that."""
+    under, samples = base(), None
+    if name == "aded":
+        ids = under.tokenizer.encode("".join(training_texts(200_000)))
+        samples = Samples(torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256))
+    steps = [step for step in load(name, catalogue()).steps if step.name != "cache.insert"]
+    made = run(under.program, steps, samples, ignore, None)
+    return Compiled(made.program, {}, under.assets)
 
 
 @pytest.mark.parametrize("name", EXACT)
