@@ -50,7 +50,9 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
     if not fallback:
         refuse_fallbacks(program, target, choices)
     arena = Arena()
-    return Plan(program, target, choices, encoded, tuple((r, _fused(r, program, arena)) for r in regions))
+    draft = None if program.draft is None else lower(program.draft, target, fallback)
+    kernels = tuple((region, _fused(region, program, arena)) for region in regions)
+    return Plan(program, target, choices, encoded, kernels, draft=draft)
 
 
 def _refused(program: Program, node: fx.Node, width: int | None) -> str | None:

@@ -56,7 +56,8 @@ def lower_triton(program: Program, fallback: bool = True) -> Plan:
     encoded = {node.name: takes_encoded(node) for node in program.graph.nodes if node.target in OPS}
     if not fallback:
         refuse_fallbacks(program, "triton", choices)
-    return Plan(program, "triton", choices, encoded, tuple(kernels), to)
+    draft = None if program.draft is None else lower_triton(program.draft, fallback)
+    return Plan(program, "triton", choices, encoded, tuple(kernels), to, draft)
 
 
 def holds_up(plan: Plan) -> str | None:

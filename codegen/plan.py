@@ -67,6 +67,7 @@ class Plan:
     encoded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     regions: tuple[tuple[Region, Any], ...] = ()  # each with its kernel
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # a device never changes
+    draft: Plan | None = None  # of the program's draft model
 
     def kernels(self) -> list[dict[str, Any]]:
         """One row a node: node, kernel, why, fallback, source; for `lm.kernels` and `smelt inspect`."""

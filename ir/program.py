@@ -43,6 +43,7 @@ class Program:
     facts: dict[str, Any] = field(default_factory=dict)
     cache: CachePlan | None = None
     decode: DecodePlan | None = None
+    draft: Program | None = None  # a smaller decoder of the same tokens, which drafts for this one
     history: tuple[Record, ...] = ()
     origin: dict[str, Record] = field(default_factory=dict)  # the step that last changed a weight, `cache` or `decode`
     touched: set[str] = field(default_factory=set)  # what the running pass changed; the manager turns it into origins
@@ -62,6 +63,7 @@ class Program:
             facts=dict(self.facts),
             origin=dict(self.origin),
             touched=set(),
+            draft=self.draft and self.draft.fork(),
         )
 
     @property
@@ -97,7 +99,7 @@ class Program:
         return self.graph.create_node("get_attr", name)
 
     def touch(self, *names: str) -> None:
-        """Say that the running pass changes these weights, or `cache`, or `decode`."""
+        """Say that the running pass changes these weights, or `cache`, `decode` or `draft`."""
         self.touched.update(names)
 
     def changed_by(self, name: str) -> str:
@@ -119,5 +121,6 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Measured bytes of all weights."""
-        return sum(w.nbytes for w in self.weights.values())
+        """Measured bytes of all weights, a draft model's own among them."""
+        held = {id(w): w for program in (self, self.draft) if program for w in program.weights.values()}
+        return sum(w.nbytes for w in held.values())

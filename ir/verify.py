@@ -9,6 +9,7 @@ from weakref import WeakSet
 from torch import fx
 
 from .cache.plan import Site
+from .decode import Heads, Model, Recycle
 from .encoding import Dense
 from .errors import SmeltError, nearest
 from .ops import CACHED_ATTENTION, OPS, arguments
@@ -27,7 +28,8 @@ def verify(program: Program) -> None:
 
     A Program holds a well-formed graph of ATen and dialect calls that write nothing in place, returns named tensors,
     reads every weight it carries, stores each weight as its encoding says, and has for each cache site exactly one
-    `cached_attention` of its geometry. Its decode plan finds the outputs that it drafts from.
+    `cached_attention` of its geometry. Its decode plan finds the outputs that it drafts from, and
+    its draft model holds all this too.
     """
     _graph(program)
     _weights(program)
@@ -37,6 +39,8 @@ def verify(program: Program) -> None:
             _refuse(program, f"{_at(node)}: {fault}")
     _results(program)
     _cache(program)
+    if program.draft is not None:
+        verify(program.draft)
     _decode(program)
 
 
@@ -160,18 +164,32 @@ def _decode(program: Program) -> None:
     plan = program.decode
     if plan is None:
         return
-    if plan.drafter not in ("recycle", "heads"):
-        _refuse(program, f"decode plan: unknown drafter '{plan.drafter}'; known: recycle, heads")
     if "logits" not in program.outputs:
         _refuse(program, "decode plan: verifying drafts needs the output 'logits'")
     vocabulary = program.outputs["logits"].meta["shape"][-1]
-    if plan.width > vocabulary:
-        _refuse(program, f"decode plan: drafts {plan.width} candidates out of {vocabulary} tokens")
-    if plan.drafter != "heads":
-        return
+    if any(isinstance(draft, Model) for draft in plan.draft.parts):
+        _draft_model(program, vocabulary)
+    for draft in plan.draft.parts:
+        if isinstance(draft, Recycle | Heads) and draft.width > vocabulary:
+            _refuse(program, f"decode plan: drafts {draft.width} candidates out of {vocabulary} tokens")
+        if isinstance(draft, Heads):
+            _heads(program, draft, vocabulary)
+
+
+def _draft_model(program: Program, vocabulary: Any) -> None:
+    """There is a decoder of the same tokens that drafts."""
+    if program.draft is None or program.draft.cache is None or "logits" not in program.draft.outputs:
+        _refuse(program, "decode plan: drafts come from a draft model, which the program does not have")
+    words = program.draft.outputs["logits"].meta["shape"][-1]
+    if words != vocabulary:
+        _refuse(program, f"decode plan: the draft model has {words} tokens, the model {vocabulary}")
+
+
+def _heads(program: Program, draft: Heads, vocabulary: Any) -> None:
+    """The output that heads draft from fits the tree."""
     if "heads" not in program.outputs:
         _refuse(program, "decode plan: the drafter 'heads' reads the output 'heads', which the program does not have")
-    heads, depth = program.outputs["heads"].meta["shape"], max(plan.tree.depths)
+    heads, depth = program.outputs["heads"].meta["shape"], max(draft.tree.depths)
     if len(heads) != 4 or not same_shape((*heads[:2], heads[3]), program.outputs["logits"].meta["shape"]):
         _refuse(program, f"decode plan: the output 'heads' is {shown(heads)}, it must be [B, T, heads, {vocabulary}]")
     if depth > heads[2]:

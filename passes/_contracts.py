@@ -20,12 +20,3 @@ def within_context(program: Program, budget: int | None) -> Iterator[str]:
     context = program.facts.get("context")
     if budget is not None and context is not None and budget >= context:
         yield f"a budget of {budget} tokens is never exceeded in this model's context of {context}: lower it"
-
-
-def no_drafter(program: Program) -> Iterator[str]:
-    """The contract of passes that choose a drafter: a decode loop has one."""
-    if program.decode is not None:
-        yield (
-            f"{program.name} must not have a drafter yet, but already decodes by {program.decode.drafter}"
-            f"{program.changed_by('decode')}: keep one of the two steps"
-        )

@@ -28,6 +28,8 @@ from ..ir.weight import Mapped, Weight
 FORMAT = 1
 MANIFEST, SEAL, PROGRAM, WEIGHTS = "manifest.json", "manifest.sha256", "program.txt", "weights.safetensors"
 TABLES = "cache.safetensors"  # calibrated tables of the cache's encodings
+DRAFTS = "decode.safetensors"  # tables of drafters
+DRAFT = "draft."  # begins the names of a draft model's files
 
 
 def save(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
@@ -79,14 +81,27 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> Program:
         if path.name not in {MANIFEST, *manifest["files"]}:
             raise SmeltError(f"{path}: not a file of the artefact, which is sealed; remove it")
     try:
-        weights = _weights(folder, manifest["weights"])
+        weights = _weights(folder, manifest["weights"], WEIGHTS, {})
+        drafting = _weights(folder, manifest["draft"], DRAFT + WEIGHTS, weights) if "draft" in manifest else None
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise SmeltError(f"{folder / MANIFEST}: its table of weights cannot be read ({fault!r})") from fault
-    program = parse_program((folder / PROGRAM).read_text(encoding="utf-8"), weights, sealed=True)
-    if TABLES in manifest["files"]:
+    program = _program(folder, manifest, weights, "")
+    if drafting is not None:
+        program.draft = _program(folder, manifest, drafting, DRAFT)
+    return program
+
+
+def _program(folder: Path, manifest: Mapping[str, Any], weights: Mapping[str, Weight], lead: str) -> Program:
+    """The program whose files begin with `lead`."""
+    program = parse_program((folder / f"{lead}{PROGRAM}").read_text(encoding="utf-8"), weights, sealed=True)
+    if (name := lead + TABLES) in manifest["files"]:
         if program.cache is None:
-            raise SmeltError(f"{folder / TABLES}: holds tables of a cache that the program does not have")
-        program.cache = program.cache.with_tables(load_file(folder / TABLES))
+            raise SmeltError(f"{folder / name}: holds tables of a cache that the program does not have")
+        program.cache = program.cache.with_tables(load_file(folder / name))
+    if (name := lead + DRAFTS) in manifest["files"]:
+        if program.decode is None:
+            raise SmeltError(f"{folder / name}: holds tables of a drafter that the program does not have")
+        program.decode = program.decode.with_tables(load_file(folder / name))
     return program
 
 
@@ -107,7 +122,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: artefact format {found}, this smelt reads format {FORMAT}; "
             "update smelt, or compile the artefact again with this version"
         )
-    tables = [manifest.get(key) for key in ("files", "weights")]
+    tables = [manifest.get(key, {}) for key in ("files", "weights", "draft")]
     if not all(isinstance(table, dict) for table in tables) or not {PROGRAM, WEIGHTS} <= manifest["files"].keys():
         raise SmeltError(f"{path}: does not list {PROGRAM} and {WEIGHTS}; compile the artefact again")
     return manifest
@@ -118,28 +133,46 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _write(draft: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
-    save_file(_tensors(program), draft / WEIGHTS)
-    if program.cache is not None and program.cache.tables:
-        save_file(dict(program.cache.tables), draft / TABLES)
-    (draft / PROGRAM).write_text(print_program(program), encoding="utf-8")
+def _write(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+    _write_program(folder, program, "", {})
+    tables = {"weights": _table(program, {})}
+    if program.draft is not None:
+        shared = {id(weight): name for name, weight in program.weights.items()}
+        _write_program(folder, program.draft, DRAFT, shared)
+        tables["draft"] = _table(program.draft, shared)
     for name, content in assets.items():
-        (draft / name).write_bytes(content)
-    weights = {
-        name: {"shape": list(w.shape), "encoding": w.encoding.spec(), "parts": sorted(w.parts)}
+        (folder / name).write_bytes(content)
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    manifest = {**facts, "format": FORMAT, **tables, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    (folder / SEAL).write_text(sha256(folder / MANIFEST))
+
+
+def _write_program(folder: Path, program: Program, lead: str, shared: Mapping[int, str]) -> None:
+    """A program's files, whose names begin with `lead`; weights that are `shared` stand elsewhere."""
+    save_file(_tensors({n: w for n, w in program.weights.items() if id(w) not in shared}), folder / f"{lead}{WEIGHTS}")
+    if program.cache is not None and program.cache.tables:
+        save_file(dict(program.cache.tables), folder / f"{lead}{TABLES}")
+    if program.decode is not None and program.decode.tables:
+        save_file(dict(program.decode.tables), folder / f"{lead}{DRAFTS}")
+    (folder / f"{lead}{PROGRAM}").write_text(print_program(program), encoding="utf-8")
+
+
+def _table(program: Program, shared: Mapping[int, str]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of weights; `of` names the weight of the model itself that a draft model shares."""
+    return {
+        name: {"of": shared[id(w)]}
+        if id(w) in shared
+        else {"shape": list(w.shape), "encoding": w.encoding.spec(), "parts": sorted(w.parts)}
         for name, w in program.weights.items()
     }
-    files = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-    manifest = {**facts, "format": FORMAT, "weights": weights, "files": files}
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    (draft / SEAL).write_text(sha256(draft / MANIFEST))
 
 
-def _tensors(program: Program) -> dict[str, torch.Tensor]:
+def _tensors(weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
     """The parts of all weights by `weight/part`, each in memory of its own, as safetensors wants them."""
     out: dict[str, torch.Tensor] = {}
     taken: set[int] = set()
-    for name, weight in program.weights.items():
+    for name, weight in weights.items():
         for part, value in weight.parts.items():
             tensor = value.detach().contiguous()
             at = tensor.untyped_storage().data_ptr()
@@ -148,12 +181,15 @@ def _tensors(program: Program) -> dict[str, torch.Tensor]:
     return out
 
 
-def _weights(folder: Path, table: Mapping[str, Any]) -> dict[str, Weight]:
+def _weights(folder: Path, table: Mapping[str, Any], file: str, shared: Mapping[str, Weight]) -> dict[str, Weight]:
     """The weights that the manifest lists, mapped; each must have the bits of its shape and encoding."""
-    path = folder / WEIGHTS
+    path = folder / file
     stored = read_header(path)
     weights = {}
     for name, entry in table.items():
+        if "of" in entry:
+            weights[name] = shared[entry["of"]]
+            continue
         keys = {part: (path, f"{name}/{part}") for part in entry["parts"]}
         if missing := [key for _, key in keys.values() if key not in stored]:
             raise SmeltError(f"{path}: has no tensor '{missing[0]}'")

@@ -7,21 +7,25 @@ of steps and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from ..ir.errors import SmeltError
-from .drafters import Drafter, drafter
+from .accept import Standing, Walker, acceptor
+from .constraint import Constraint
+from .drafters.base import Drafted, Drafter, Verified
+from .drafters.make import Setting, drafter
 from .sampling import Context, Sampling, choose, not_finite
 from .session import Draw, Session
+from .trees import Trees
 
 
 @dataclass
 class Row:
-    """One sequence: its prompt, what was generated, and why it ended (`eos`, `length`, `stop`) if it has."""
+    """One sequence: its prompt, what was generated, and why it ended (eos, grammar, length, stop) if it has."""
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
@@ -57,6 +61,7 @@ class Decoding:
         speculate: bool = True,
         requests: Sequence[int] | None = None,
         step_done: Callable[[], None] = lambda: None,
+        constraint: Constraint | None = None,
     ) -> None:
         """`requests`: ids that key each row's noise, its row number by default. `step_done` is called after a step."""
         program = session.plan.program
@@ -67,29 +72,31 @@ class Decoding:
         self._check(vocabulary, requests)
         self._requests = torch.tensor(list(range(len(self.rows)) if requests is None else requests))
         plan = program.decode if speculate else None
-        self.drafter: Drafter | None = drafter(plan, vocabulary, len(prompts)) if plan else None
-        parents, depths = (plan.tree.parents, plan.tree.depths) if plan else ((0,), (0,))
-        self._depths = torch.tensor(depths)
-        self._ancestors = _ancestors(parents) if plan else None
-        self._children = _children(parents)
+        setting = Setting(session, sampling, self._requests)
+        self.drafter: Drafter | None = drafter(plan, vocabulary, setting) if plan else None
+        self._accept = acceptor(plan) if plan else Walker()
         penalized = sampling.repetition_penalty != 1
         self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool) if penalized else None
         draw = Draw(sampling.seed, sampling.temperature, self._requests)
-        self._draw = draw if sampling.plain else None
+        self._guides = [constraint.guide() for _ in prompts] if constraint else None
+        self._draw = draw if sampling.plain and self._guides is None else None
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, tokens) until every row has ended; a row's first token comes out of its prompt."""
         for number, row in enumerate(self.rows):
-            self._see(torch.full((len(row.prompt),), number), row.prompt)
+            self._count(torch.full((len(row.prompt),), number), row.prompt)
         done = self.session.cache.lengths  # what a prefix has brought is not read again
         fresh = [row.prompt[length:] for row, length in zip(self.rows, done, strict=True)]
-        outputs = self.session.prefill(fresh, self.drafter.harvest if self.drafter else None)
+        harvest = self.drafter.harvest if self.drafter and self.drafter.harvests else None
+        outputs = self.session.prefill(fresh, harvest)
         everyone = torch.arange(len(self.rows))
         with _one_thread():
             first = self._choose(everyone, outputs["logits"], torch.tensor([len(row.prompt) for row in self.rows]))
         for number, token in enumerate(first):
             if self.drafter is not None:
-                self.drafter.observe(number, 0, {name: value[:, None] for name, value in outputs.items()})
+                told = {name: value[number][None] for name, value in outputs.items()}
+                self.drafter.observe(number, Verified((), (0,), told))
+                self.drafter.begin(number, [*self.rows[number].prompt, token])
             yield number, self._emit(number, [token])
         chains = self._draw is not None and self.drafter is None and self.session.chains
         while not all(row.done for row in self.rows):
@@ -152,31 +159,52 @@ class Decoding:
 
     def _verified(self) -> list[list[int]]:
         """Draft, evaluate, walk and commit; returns the tokens that each row got."""
-        drafts = torch.stack([self._draft(number) for number in range(len(self.rows))])  # [B, N]
+        tree = Trees(self._drafts(), self.drafter is not None and self.drafter.fixed)
         running = torch.tensor([not row.done for row in self.rows])
-        positions = torch.tensor(self.session.cache.lengths)[:, None] + self._depths
-        valid = running[:, None] & (positions < self.session.cache.capacity)
-        outputs = self.session.step(drafts, positions * valid, valid, self._ancestors, draw=self._draw)
-        logits = outputs["logits"]
-        paths, fresh = self._walk(drafts, positions, logits)
-        for number, path in enumerate(paths):
-            if self.drafter is not None and path:
-                self.drafter.harvest(number, drafts[number][valid[number]], logits[number][valid[number]])
-                self.drafter.observe(number, path[-1], outputs)
+        positions = torch.tensor(self.session.cache.lengths)[:, None] + tree.depths
+        valid = running[:, None] & tree.real & (positions < self.session.cache.capacity)
+        draw = self._draw if self._accept.plain else None
+        outputs = self.session.step(tree.tokens, positions * valid, valid, tree.ancestors, draw=draw)
+        paths, fresh = self._walk(tree, positions, outputs["logits"])
+        if self.drafter is not None:
+            self._tell(self.drafter, tree, valid, outputs, paths, fresh)
         self.session.cache.commit(paths)
         return fresh
 
-    def _draft(self, number: int) -> torch.Tensor:
-        """The tree's tokens of one row, [N]; whatever fits where they are not looked at."""
-        row = self.rows[number]
-        if self.drafter is None or row.done:
-            return torch.full_like(self._depths, row.tokens[-1])
-        return self.drafter.propose(number, row.tokens[-1])
+    def _drafts(self) -> list[Drafted]:
+        """What each row drafts; one that has ended, where nothing is looked at, what another one does."""
+        running = [number for number, row in enumerate(self.rows) if not row.done]
+        if self.drafter is None:
+            made = {number: Drafted.chain(self.rows[number].tokens[-1:]) for number in running}
+        else:
+            made = self.drafter.propose_all(running)
+        some = next(iter(made.values()))
+        return [made.get(number, some) for number in range(len(self.rows))]
+
+    def _tell(
+        self,
+        drafter: Drafter,
+        tree: Trees,
+        valid: torch.Tensor,
+        outputs: Mapping[str, torch.Tensor],
+        paths: Sequence[Sequence[int]],
+        fresh: Sequence[Sequence[int]],
+    ) -> None:
+        """Let the drafter learn from the step."""
+        chosen = self.session.chosen
+        for number, path in enumerate(paths):
+            if not path:
+                continue
+            if drafter.harvests:
+                read = valid[number]
+                drafter.harvest(number, tree.tokens[number][read], outputs["logits"][number][read])
+            told = {name: value[number] for name, value in outputs.items()}
+            drafter.observe(number, Verified(fresh[number], path, told, None if chosen is None else chosen[number]))
 
     def _walk(
-        self, drafts: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
+        self, tree: Trees, positions: torch.Tensor, logits: torch.Tensor
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """For each row the accepted nodes, and the tokens that the model chose behind each of them; all walk at once.
+        """For each row the accepted nodes, and the tokens that come behind each of them; all rows walk at once.
 
         A row that has ended has none. No path is longer than the cache has room for: the token that makes a page leave
         changes what the next one sees.
@@ -185,45 +213,68 @@ class Decoding:
             0 if row.done else min(room, self.limits.new_tokens - len(row.tokens))
             for row, room in zip(self.rows, self.session.cache.room(), strict=True)
         ]
-        tokens = drafts.tolist()
         paths: list[list[int]] = [[0] if steps else [] for steps in left]
         fresh: list[list[int]] = [[] for _ in left]
         walking = [number for number, steps in enumerate(left) if steps]
         while walking:
-            chosen = self._behind(walking, [paths[number][-1] for number in walking], positions, logits)
             down = []
-            for number, token in zip(walking, chosen, strict=True):
+            for number, token, child in self._behind(walking, paths, tree, positions, logits):
                 fresh[number].append(token)
-                children = self._children[paths[number][-1]]
-                child = next((node for node in children if tokens[number][node] == token), None)
-                if child is not None and len(paths[number]) < left[number] and token not in self.limits.eos:
+                ends = token in self.limits.eos or (self._guides is not None and self._guides[number].over)
+                if child is not None and len(paths[number]) < left[number] and not ends:
                     paths[number].append(child)
                     down.append(number)
             walking = down
         return paths, fresh
 
     def _behind(
-        self, rows: Sequence[int], nodes: Sequence[int], positions: torch.Tensor, logits: torch.Tensor
-    ) -> list[int]:
-        """The tokens that the model chooses behind these nodes of these rows: by the step's kernel, or from logits."""
-        if self.session.chosen is None:
-            at, behind = torch.tensor(rows), torch.tensor(nodes)
-            return self._choose(at, logits[at, behind], positions[at, behind] + 1)
-        chosen = [int(self.session.chosen[row, node]) for row, node in zip(rows, nodes, strict=True)]
-        if -1 in chosen:
-            first = chosen.index(-1)
-            raise not_finite(rows[first], int(positions[rows[first], nodes[first]]) + 1)
-        return chosen
+        self,
+        rows: Sequence[int],
+        paths: Sequence[Sequence[int]],
+        tree: Trees,
+        positions: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> Iterator[tuple[int, int, int | None]]:
+        """(row, token, its node if it was drafted) behind the last node of each row's path."""
+        nodes = [paths[number][-1] for number in rows]
+        if self._accept.plain and self.session.chosen is not None:
+            for number, node in zip(rows, nodes, strict=True):
+                token = int(self.session.chosen[number, node])
+                if token < 0:
+                    raise not_finite(number, int(positions[number, node]) + 1)
+                yield number, token, tree.child(number, node, token)
+            return
+        at, behind = torch.tensor(rows), torch.tensor(nodes)
+        processed = self._processed(at, logits[at, behind])
+        standing = Standing(processed, self.sampling, self._requests[at], positions[at, behind] + 1)
+        drafted = [tree.below(number, node) for number, node in zip(rows, nodes, strict=True)]
+        found = self._accept.behind(standing, drafted, [paths[number] for number in rows])
+        self._see(at, [token for token, _ in found])
+        yield from ((number, token, child) for number, (token, child) in zip(rows, found, strict=True))
 
     def _choose(self, rows: torch.Tensor, logits: torch.Tensor, positions: torch.Tensor) -> list[int]:
         """The tokens [R] that rows [R] get behind logits [R, V], to stand at positions [R]; they count as seen."""
-        context = None if self._seen is None else Context(self._seen[rows])
-        processed = self.sampling.process(logits, context)
-        chosen: list[int] = choose(processed, self.sampling, self._requests[rows], positions).tolist()
+        chosen: list[int] = choose(
+            self._processed(rows, logits), self.sampling, self._requests[rows], positions
+        ).tolist()
         self._see(rows, chosen)
         return chosen
 
+    def _processed(self, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] of rows [R] as the constraint and the sampling's options shape them."""
+        if self._guides is not None:
+            allowed = torch.stack([self._guides[row].allowed for row in rows.tolist()])
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+        return self.sampling.process(logits, None if self._seen is None else Context(self._seen[rows]))
+
     def _see(self, rows: torch.Tensor, tokens: Sequence[int]) -> None:
+        """Rows [R] get these tokens: they count for penalties, and move their grammars on."""
+        if self._guides is not None:
+            for row, token in zip(rows.tolist(), tokens, strict=True):
+                self._guides[row].take(token)
+        self._count(rows, tokens)
+
+    def _count(self, rows: torch.Tensor, tokens: Sequence[int]) -> None:
         if self._seen is not None:
             self._seen[rows, torch.tensor(tokens)] = True
 
@@ -232,6 +283,8 @@ class Decoding:
         row.tokens += tokens
         if row.tokens[-1] in self.limits.eos:
             row.done, row.reason = True, "eos"
+        elif self._guides is not None and self._guides[number].over:
+            row.done, row.reason = True, "grammar"
         elif len(row.tokens) >= self.limits.new_tokens:
             row.done, row.reason = True, "length"
         return tokens
@@ -249,20 +302,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _ancestors(parents: Sequence[int]) -> torch.Tensor:
-    """bool [N, N]: [i, j] where j is i or stands above it."""
-    seen = torch.eye(len(parents), dtype=torch.bool)
-    for node in range(1, len(parents)):
-        seen[node] |= seen[parents[node]]
-    return seen
-
-
-def _children(parents: Sequence[int]) -> list[list[int]]:
-    """The children of every node, in order."""
-    out: list[list[int]] = [[] for _ in parents]
-    for node, parent in enumerate(parents):
-        if node:
-            out[parent].append(node)
-    return out

@@ -12,6 +12,7 @@ from ..ir.cache import Cache
 from ..ir.cache.chunks import readings
 from ..ir.errors import SmeltError
 from .bound import Bound, binding
+from .trees import padded
 
 CHUNK = 512  # tokens of a prompt that are read at once
 LOGITS = 1 << 26  # most logits of a chunk (256 MiB); large batches and vocabularies read fewer tokens at once
@@ -32,11 +33,19 @@ class Draw(NamedTuple):
 class Session:
     """Runs a decoder's plan over a cache of `batch` rows that hold at most `capacity` tokens each."""
 
-    def __init__(self, plan: Plan, batch: int, capacity: int, decoded: dict[str, torch.Tensor] | None = None) -> None:
-        """`decoded`: small tables, shared between sessions of one plan."""
+    def __init__(
+        self,
+        plan: Plan,
+        batch: int,
+        capacity: int,
+        decoded: dict[str, torch.Tensor] | None = None,
+        nodes: int | None = None,
+    ) -> None:
+        """`decoded`: small tables, shared between sessions of one plan. `nodes`: of a step, if not the plan says so."""
         if plan.program.cache is None:
             raise SmeltError(f"{plan.program.name} has no cache, so it cannot generate: add the step cache.insert")
-        nodes = len(plan.program.decode.tree) if plan.program.decode else 1
+        if nodes is None:
+            nodes = padded(1 + plan.program.decode.draft.most) if plan.program.decode else 1
         for site in plan.program.cache.sites:
             if site.hyper is not None and nodes > site.hyper.min_seq_len:
                 raise SmeltError(

@@ -46,4 +46,4 @@ def _drafter(program: Program) -> dict[str, Any] | None:
         "heads": "the output heads [B, T, J, V] at the last accepted token: a node at depth d takes the ranks[node]-th "
         "best id of head d - 1",
     }
-    return {**plan.to_dict(), "propose": how[plan.drafter]}
+    return {**plan.to_dict(), **({"propose": how[plan.drafter]} if plan.drafter in how else {})}

@@ -43,7 +43,9 @@ def same_program(a: Program, b: Program) -> str | None:
     for place, left, right in tables:
         if found := _difference(place, left, right):
             return found
-    return None
+    if a.draft is None or b.draft is None:
+        return None if a.draft is b.draft else "draft: one side has a draft model, the other has none"
+    return (found := same_program(a.draft, b.draft)) and f"draft: {found}"
 
 
 def _difference(place: str, a: Any, b: Any) -> str | None:

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from ...ir.decode import DecodePlan
+from ...ir import decode
 from ...ir.errors import SmeltError
 from ...ir.ops import HEAD, LINEAR, arguments
 from ...ir.program import Program
 from ...ir.weight import Weight
-from .._contracts import cached_decoder, no_drafter
 from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._join import join, joinable
 from ._trees import best_tree, usual_rates
 
 
@@ -52,11 +52,11 @@ class Heads(Pass):
             raise SmeltError(f"heads, width and nodes count from 1, not {self.heads}, {self.width} and {self.nodes}")
 
     def requires(self, program: Program) -> Iterator[str]:
-        """A decoder with a cache plan, no drafter, and one vocabulary head."""
-        yield from cached_decoder(program)
-        yield from no_drafter(program)
+        """A decoder with a cache plan that does not draft by heads yet, and one vocabulary head."""
+        yield from joinable(program, decode.Heads)
         taken = [name for name in (*program.outputs, *program.weights) if name == "heads" or name.startswith("heads.")]
-        if taken and program.decode is None:
+        drafting = program.decode is not None and any(type(p) is decode.Heads for p in program.decode.draft.parts)
+        if taken and not drafting:
             yield f"{program.name} must not use the name '{taken[0]}', which stands for decoding heads"
         found = [node.name for node in program.calls(HEAD)]
         if len(found) != 1 and not taken:
@@ -74,10 +74,10 @@ class Heads(Pass):
             stacked = program.graph.call_function(torch.ops.aten.stack.default, (guesses, -2))
         program.set_output("heads", stacked)
         tree = best_tree([usual_rates(self.width)] * self.heads, self.nodes)
-        program.decode = DecodePlan("heads", tree, self.width)
+        join(program, decode.Heads(tree, self.width))
         program.facts["heads_trained"] = False
         added = sorted(set(program.weights) - before)
-        program.touch("decode", *added)
+        program.touch(*added)
         notes = {
             "parameters": sum(program.weights[name].parts["data"].numel() for name in added),
             "bytes": sum(program.weights[name].nbytes for name in added),

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir.decode import DecodePlan
+from ...ir import decode
 from ...ir.errors import SmeltError
 from ...ir.program import Program
-from .._contracts import cached_decoder, no_drafter
 from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._join import join, joinable
 from ._trees import best_tree, usual_rates
 
 LEVELS = 6
@@ -38,9 +38,8 @@ class Recycle(Pass):
             raise SmeltError(f"width and nodes count from 1, not {self.width} and {self.nodes}")
 
     def requires(self, program: Program) -> Iterator[str]:
-        """A decoder with a cache plan, no drafter, and a vocabulary that fills the table's rows."""
-        yield from cached_decoder(program)
-        yield from no_drafter(program)
+        """A decoder with a cache plan that does not recycle yet, and a vocabulary that fills the table's rows."""
+        yield from joinable(program, decode.Recycle)
         vocabulary = program.facts.get("vocabulary", self.width)
         if vocabulary < self.width:
             yield f"width must be at most the vocabulary of {vocabulary} tokens, but is {self.width}"
@@ -48,7 +47,6 @@ class Recycle(Pass):
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Set the decode plan; the graph stays as it is."""
         tree = best_tree([usual_rates(self.width)] * LEVELS, self.nodes)
-        program.decode = DecodePlan("recycle", tree, self.width)
-        program.touch("decode")
+        join(program, decode.Recycle(tree, self.width))
         levels = [tree.depths.count(depth) for depth in range(1, max(tree.depths) + 1)]
         return Outcome(("decode",), notes={"nodes": len(tree) - 1, "levels": levels})

@@ -9,10 +9,12 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ...ir import decode
 from ...ir.encoding import Dense
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from ..base import Effect, Exactness, Outcome, Pass, Samples, decoder_only
+from ..decode._join import exchange, names
 from ..decode._trees import best_tree, expected_tokens
 from ._drill import Drill, Score, trained
 
@@ -60,8 +62,8 @@ class Heads(Pass):
         """Untrained heads whose weights are Dense."""
         yield from decoder_only(program)
         since = program.changed_by("decode")
-        if program.decode is None or program.decode.drafter != "heads" or "heads" not in program.outputs:
-            has = f"decodes by {program.decode.drafter}" if program.decode else "has no drafter"
+        if _drafting(program) is None or "heads" not in program.outputs:
+            has = f"decodes by {names(program.decode)}" if program.decode else "has no drafter"
             yield f"{program.name} must decode by heads, but {has}{since}: put decode.heads in front"
             return
         if program.facts.get("heads_trained"):
@@ -77,20 +79,20 @@ class Heads(Pass):
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Train, store the weights in the type they had, and replace the draft tree."""
-        plan = program.decode
-        if samples is None or plan is None:
+        plan, draft = program.decode, _drafting(program)
+        if samples is None or plan is None or draft is None:
             raise SmeltError("train.heads needs sample texts: pass calibration texts to compile")
         drill = Drill.of(program, self.decay)
         learn, held = self._windows(samples.tokens, drill.heads)
-        before = drill.measure(held, plan.width)
+        before = drill.measure(held, draft.width)
         updates = self._train(drill, learn, held, samples, before)
         for name, value in drill.weights.items():
             old = program.weights[name]
             program.weights[name] = replace(old, parts=old.encoding.encode(value.detach()))
             value.data.copy_(program.weights[name].dense())
-        after = drill.measure(held, plan.width)
-        tree = best_tree(after.hits, len(plan.tree) - 1)
-        program.decode = replace(plan, tree=tree)
+        after = drill.measure(held, draft.width)
+        tree = best_tree(after.hits, len(draft.tree) - 1)
+        program.decode = exchange(plan, draft, replace(draft, tree=tree))
         program.facts["heads_trained"] = True
         program.touch("decode", *drill.weights)
         notes = {
@@ -145,3 +147,9 @@ class Heads(Pass):
         for name, value in drill.weights.items():
             value.data.copy_(best[2][name])
         return best[1]
+
+
+def _drafting(program: Program) -> decode.Heads | None:
+    """The program's drafting by heads."""
+    parts = program.decode.draft.parts if program.decode else ()
+    return next((part for part in parts if isinstance(part, decode.Heads)), None)

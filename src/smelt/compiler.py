@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from . import kept
-from .assets import model_assets
+from .assets import Assets, model_assets
 from .codegen.loss_cuda import register as register_loss
 from .codegen.plan import Target
 from .ir.capture import capture
 from .ir.errors import SmeltError
+from .ir.program import Program
 from .ir.shapes import derive
-from .model import Compiled, check_device
+from .model import Compiled, check_device, load
 from .passes import Samples, catalogue
 from .passes.events import Event, ignore
 from .passes.manager import run
@@ -45,6 +46,7 @@ def compile(
     listen: Callable[[Event], None] | None = None,
     stop_after: str | None = None,
     anew: bool = False,
+    draft: Compiled | str | Path | None = None,
 ) -> Compiled:
     """Compile `model` by `recipe`.
 
@@ -57,13 +59,17 @@ def compile(
     listen: is told when a step starts, goes on and ends. stop_after: the name of the last step to run.
     anew: run every step, for who listens to them. Otherwise what was compiled before from the same files is read back
     and no step runs; `SMELT_KEEP=0` keeps nothing.
+    draft: a smaller compiled model of the same tokenizer, or its artefact, which drafts where the recipe has the step
+    decode.draft.
     Raises SmeltError for anything wrong with what was given.
     """
     check_device(target)
     register_loss()
+    if isinstance(draft, str | Path):
+        draft = load(draft, target)
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, catalogue(), overrides)
     words = tokenizer if tokenizer is not None else model
-    whole = stop_after is None and example is None  # what is kept are whole recipes on files alone
+    whole = stop_after is None and example is None and draft is None  # what is kept are whole recipes on files alone
     key = kept.key(resolved.digest(), (model, words), calibration) if whole else None
     if key is not None and not anew and (found := kept.find(key)) is not None:
         return Compiled(found.program, found.facts, model_assets(words), target, fallback, found.report)
@@ -76,6 +82,8 @@ def compile(
         spelled = (assets.folder / "tokenizer.json").is_file()
         if spelled and any(getattr(step.pass_, "policy", None) is not None for step in resolved.steps):
             program.facts["token_classes"] = Tokenizer(assets.folder).classes()
+    if draft is not None:
+        program.draft = _drafting(draft, assets)
     samples = _samples(calibration, assets.folder, program.facts)
     result = run(program, resolved.steps, samples, listen or ignore, stop_after)
     facts = {"recipe": resolved.to_dict(), "recipe_digest": resolved.digest()}
@@ -84,6 +92,19 @@ def compile(
     if key is not None:
         kept.keep(key, result.program, facts, result.report)
     return Compiled(result.program, facts, assets, target, fallback, result.report)
+
+
+def _drafting(draft: Compiled, assets: Assets) -> Program:
+    """The program of a draft model; SmeltError if it reads other tokens."""
+    ours, theirs = (each.files.get("tokenizer.json") for each in (assets, draft.assets))
+    if draft.program.cache is None:
+        raise SmeltError(f"the draft model {draft.program.name} has no cache, so it cannot generate: compile a decoder")
+    if ours is not None and theirs is not None and ours != theirs:
+        raise SmeltError(
+            f"the draft model {draft.program.name} has another tokenizer than the model: its tokens mean other text; "
+            "take one of the same family"
+        )
+    return draft.program
 
 
 def _samples(calibration: Calibration | None, folder: Path | None, facts: Mapping[str, Any]) -> Samples | None:

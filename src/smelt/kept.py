@@ -68,7 +68,7 @@ def find(name: str) -> Kept | None:
         return None
     try:
         program, manifest = artefact.load(folder)
-        facts = {k: v for k, v in manifest.items() if k not in ("format", "weights", "files", "report")}
+        facts = {k: v for k, v in manifest.items() if k not in ("format", "weights", "draft", "files", "report")}
         report = Report.from_dict(manifest["report"])
     except (SmeltError, KeyError, TypeError):
         shutil.rmtree(folder, ignore_errors=True)

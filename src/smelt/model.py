@@ -27,6 +27,7 @@ from .passes import catalogue
 from .passes.report import Report
 from .runtime import artefact
 from .runtime.bound import Bound, binding
+from .runtime.constraint import Constraint, constraint
 from .runtime.generate import Decoding, Limits
 from .runtime.prefix import Prefix, Reader
 from .runtime.profile import Timing, profile
@@ -37,12 +38,23 @@ from .runtime.text import Stream, Tokenizer
 Prompt: TypeAlias = str | Sequence[int] | torch.Tensor
 ROUND = 256  # tokens in which a session's context is counted, so that the next call may take it over
 KEPT = 8  # shapes of inputs whose buffers `run` keeps
-OPTIONS = ("max_new_tokens", "stop", "eos", "speculate", "prefix", *(field.name for field in fields(Sampling)))
+CONSTRAINTS = ("json_schema", "regex", "grammar")
+OPTIONS = (
+    "max_new_tokens",
+    "stop",
+    "eos",
+    "speculate",
+    "prefix",
+    *CONSTRAINTS,
+    *(field.name for field in fields(Sampling)),
+)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One row's result: new tokens, their text (None without a tokenizer), and why it ended: eos, length or stop.
+    """One row's result: new tokens, their text (None without a tokenizer), and why it ended.
+
+    `reason`: eos, length, stop, or grammar where a constraint allows nothing more.
 
     A stop string is not part of the text; the token that completed it is one of the tokens.
     """
@@ -160,7 +172,8 @@ class Compiled:
 
         Options: max_new_tokens (64), temperature (0: greedy), top_k, top_p, min_p, typical_p, repetition_penalty, seed,
         stop (strings), eos (token ids, the model's own by default), speculate (True: use the recipe's drafter; the
-        tokens are the same either way), prefix (what `read` gave: every prompt continues it).
+        tokens are the same either way), prefix (what `read` gave: every prompt continues it), and one of json_schema
+        (a dict or text), regex and grammar (Lark's syntax), which the answer then follows.
         """
         prompts, single = _as_batch(prompt)
         result = self.complete(prompts, **options)
@@ -272,6 +285,16 @@ class Compiled:
             assets=self.assets.files, facts=facts, check=check, progress=progress, **options,
         )  # fmt: skip
 
+    def _constraint(self, asked: Mapping[str, Any]) -> Constraint | None:
+        """What a call asks its answers to follow."""
+        if not any(value is not None for value in asked.values()):
+            return None
+        text = self.assets.files.get("tokenizer.json")
+        eos = list(self.program.facts.get("eos") or ())
+        if text is None or not eos:
+            raise SmeltError("generate: a constraint needs the model's tokenizer and its end token")
+        return constraint(asked, text.decode("utf-8"), int(self.program.facts["vocabulary"]), eos[0])
+
     def _start(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> tuple[Decoding, list[Stream], float]:
         """A decoding ready to run, one text stream a row where there is a tokenizer, and the time of the call."""
         start, given = time.perf_counter(), dict(options)
@@ -280,6 +303,7 @@ class Compiled:
                 f"generate: unknown option '{strange[0]}'{nearest(strange[0], OPTIONS)}; known: {', '.join(OPTIONS)}"
             )
         new_tokens, stop = given.pop("max_new_tokens", 64), given.pop("stop", ())
+        asked = {kind: given.pop(kind, None) for kind in CONSTRAINTS}
         speculate, eos = given.pop("speculate", True), given.pop("eos", self.program.facts.get("eos") or ())
         if not isinstance(new_tokens, int) or new_tokens < 1:
             raise SmeltError(f"generate: max_new_tokens must be a whole number from 1, not {new_tokens!r}")
@@ -303,8 +327,9 @@ class Compiled:
         session = self._session(len(ids), need)
         if prefix is not None:
             put_back(session.cache, prefix.saved)
-        decoding = Decoding(session, ids, Sampling(**given), Limits(new_tokens, frozenset(eos)), speculate)
         has_text = self.assets.folder is not None and (self.assets.folder / "tokenizer.json").is_file()
+        limits, held = Limits(new_tokens, frozenset(eos)), self._constraint(asked)
+        decoding = Decoding(session, ids, Sampling(**given), limits, speculate, constraint=held)
         if stop and not has_text:
             raise SmeltError("generate: stop strings need the model's tokenizer: pass tokenizer=FOLDER to compile")
         return decoding, [Stream(self.tokenizer, stop) for _ in ids] if has_text else [], start
@@ -351,7 +376,7 @@ def load(folder: str | Path, target: Target = "cpp") -> Compiled:
     folder = Path(folder)
     program, manifest = artefact.load(folder)
     files = {name: (folder / name).read_bytes() for name in NAMES if name in manifest["files"]}
-    facts = {key: value for key, value in manifest.items() if key not in ("format", "weights", "files")}
+    facts = {key: value for key, value in manifest.items() if key not in ("format", "weights", "draft", "files")}
     return Compiled(program, facts, Assets(folder if files else None, files), target)
 
 

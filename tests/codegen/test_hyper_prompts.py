@@ -8,6 +8,7 @@ import torch
 import smelt
 from smelt.codegen.hyper import HyperAttention
 from smelt.codegen.lower import lower
+from smelt.ir import decode as drafts
 from smelt.ir.cache import Cache, CachePlan, Hyper
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.errors import SmeltError
@@ -115,6 +116,6 @@ def test_the_kernel_is_the_one_that_runs(program, monkeypatch):
 
 def test_steps_that_draft_more_than_is_exact_are_refused(program):
     drafting = program.fork()
-    drafting.decode = DecodePlan("recycle", Tree((0,) * 65, (0, *range(64))), 64)
+    drafting.decode = DecodePlan(drafts.Recycle(Tree((0,) * 65, (0, *range(64))), 64))
     with pytest.raises(SmeltError, match="layer 0 approximates more than 64 tokens at once, and a step has 65 drafted"):
         Session(lower(drafting), 1, 256)

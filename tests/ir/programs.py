@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from smelt.ir import decode as drafts
 from smelt.ir.cache import CachePlan, Select, Site
 from smelt.ir.capture.hf import capture_hf
 from smelt.ir.decode import DecodePlan, Tree
@@ -102,7 +103,7 @@ def rich() -> Program:
     other = Record(2, "cache.insert", {}, {"done": True, "why": None})
     program.history = (record, other)
     program.origin = {"model.layers.0.mlp.up_proj.weight": record, "cache": other, "lm_head.weight": other}
-    program.decode = DecodePlan("recycle", Tree.from_paths([(0,), (1,), (0, 0)]), 4)
+    program.decode = DecodePlan(drafts.Recycle(Tree.from_paths([(0,), (1,), (0, 0)]), 4))
     derive(program)
     return program
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import fx
 
+from smelt.ir import decode as drafts
 from smelt.ir.cache import CachePlan
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.encoding import Affine, Dense
@@ -64,7 +65,7 @@ def heads(program: Program, count: int, depth: int) -> None:
     with program.graph.inserting_before(program.graph.output_node()):
         stacked = program.graph.call_function(aten.stack.default, ([program.outputs["logits"]] * count, -2))
     program.set_output("heads", stacked)
-    program.decode = DecodePlan("heads", Tree.from_paths([(0,) * depth]), 2)
+    program.decode = DecodePlan(drafts.Heads(Tree.from_paths([(0,) * depth]), 2))
 
 
 def forget_output(program: Program) -> None:
@@ -174,16 +175,12 @@ _BROKEN_CACHE: dict[str, tuple[Callable[[Program], Any], str]] = {
         r"must be \[B, T, heads, 97\]",
     ),
     "head vocabulary": (
-        lambda p: setattr(p, "decode", DecodePlan("recycle", Tree.from_paths([(0,)]), 98)),
+        lambda p: setattr(p, "decode", DecodePlan(drafts.Recycle(Tree.from_paths([(0,)]), 98))),
         "drafts 98 candidates out of 97 tokens",
     ),
     "no heads": (
-        lambda p: setattr(p, "decode", DecodePlan("heads", Tree.from_paths([(0,)]), 2)),
+        lambda p: setattr(p, "decode", DecodePlan(drafts.Heads(Tree.from_paths([(0,)]), 2))),
         "reads the output 'heads', which the program does not have",
-    ),
-    "drafter": (
-        lambda p: setattr(p, "decode", DecodePlan("guess", Tree.from_paths([(0,)]), 2)),  # type: ignore[arg-type]
-        "unknown drafter 'guess'",
     ),
 }
 

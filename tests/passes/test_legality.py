@@ -97,15 +97,10 @@ REFUSED = {
         "scale=float16) cannot store a page (page 64 keeps 64 tokens): dim -1 is 64, not a multiple of group=48; "
         "change group, page or keep (and so for 1 more layers)",
     ),
-    "two drafters": (
-        (INSERT, HEADS, RECYCLE),
-        "step 3, decode.recycle: llama must not have a drafter yet, but already decodes by heads since step 2, "
-        "decode.heads: keep one of the two steps",
-    ),
-    "heads behind another drafter": (
-        (INSERT, RECYCLE, HEADS),
-        "step 3, decode.heads: llama must not have a drafter yet, but already decodes by recycle since step 2, "
-        "decode.recycle: keep one of the two steps",
+    "a drafter twice": (
+        (INSERT, RECYCLE, HEADS, RECYCLE),
+        "step 4, decode.recycle: llama must not draft by recycle twice since step 3, decode.heads: keep one of the two "
+        "steps",
     ),
     "training what is not there": (
         (INSERT, DRILL),

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from smelt.ir import decode as drafts
 from smelt.ir.cache import CachePlan, Select
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.encoding import Affine
@@ -107,7 +108,7 @@ class Draft(Pass):
     factor: float = 1.0
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
-        program.decode = DecodePlan("recycle", Tree((0, 0), (0, 0)), 2)
+        program.decode = DecodePlan(drafts.Recycle(Tree((0, 0), (0, 0)), 2))
         if self.factor != 1.0:
             scaled(program, UP, self.factor)
         return Outcome(("decode",))

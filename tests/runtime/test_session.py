@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from smelt.codegen.lower import lower
 from smelt.codegen.plan import Plan
+from smelt.ir import decode as drafts
 from smelt.ir.cache import Cache, Select
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.encoding import Affine
@@ -192,7 +193,7 @@ def ancestors() -> torch.Tensor:
 @pytest.mark.parametrize(("stored", "bits"), [("dense", None), ("coded", 4), ("selected", None)])
 def test_a_token_in_a_tree_gets_the_logits_it_gets_alone(family: str, stored: str, bits: int | None) -> None:
     """Bit for bit, in a batch of many rows: what makes speculation exact."""
-    tree = DecodePlan("recycle", Tree(PARENTS, (0, 0, 1, 0, 1, 0, 0, 0, 0)), 2)
+    tree = DecodePlan(drafts.Recycle(Tree(PARENTS, (0, 0, 1, 0, 1, 0, 0, 0, 0)), 2))
     compiled = plan(family, stored, bits)
     drafted = lower(compiled.program.fork())
     drafted.program.decode = tree

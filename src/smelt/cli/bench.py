@@ -89,7 +89,7 @@ def _sizes(compiled: Compiled, length: int) -> dict[str, int]:
     from ..ir.cache import Cache
 
     assert compiled.program.cache is not None
-    nodes = len(compiled.program.decode.tree) if compiled.program.decode else 1
+    nodes = 1 + compiled.program.decode.draft.most if compiled.program.decode else 1
     cache = Cache(compiled.program.cache, 1, length, scratch=nodes)
     cache.end_prefill()
     return {"weight_bytes": compiled.program.nbytes, "cache_bytes": cache.nbytes().allocated}

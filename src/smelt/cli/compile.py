@@ -37,6 +37,10 @@ def compile_(
         bool, typer.Option("--bisect", help="Find the step and the sites that hurt most; writes nothing.")
     ] = False,
     max_kl: Annotated[float, typer.Option(help="KL in nats beyond which --bisect calls a step guilty.")] = 0.05,
+    draft: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Artefact of a smaller model, which drafts where the recipe asks."),
+    ] = None,
     target: Annotated[
         str, typer.Option(help="cpp: generated kernels; triton: those for GPUs; torch: the reference.")
     ] = "cpp",
@@ -74,7 +78,7 @@ def compile_(
         else:
             compiled = _write(
                 out, model, resolved, calibration, stop_after, target, no_fallback,
-                _listener(line.tell, print_after or [], graphs), keep_failed, bool(print_after or debug.level()),
+                _listener(line.tell, print_after or [], graphs), keep_failed, bool(print_after or debug.level()), draft,
             )  # fmt: skip
     if out is None or bisect:
         _tell_bisection(found, json)
@@ -113,6 +117,7 @@ def _write(
     listen: Callable[[Event], None],
     keep_failed: bool,
     anew: bool,
+    draft: Path | None,
 ) -> Compiled:
     """Compile and save; `anew`: steps are to be seen, so that they must run."""
     from .. import debug
@@ -122,7 +127,7 @@ def _write(
     with _last_graph(Path(f"{out}.failed.txt") if keep_failed else None):
         compiled = compile_model(
             model, recipe, calibration=calibration, target=target, fallback=not no_fallback,  # type: ignore[arg-type]
-            listen=listen, stop_after=stop_after, anew=anew,
+            listen=listen, stop_after=stop_after, anew=anew, draft=draft,
         )  # fmt: skip
     debug.tell_kernels(compiled.plan)
     try:

@@ -15,6 +15,7 @@ from .show import columns, emit, number, size, waiting
 if TYPE_CHECKING:
     from ..codegen.plan import Plan
     from ..ir.cost import Costs
+    from ..ir.decode import DecodePlan
     from ..ir.program import Program
     from ..runtime.profile import Timing
 
@@ -100,7 +101,21 @@ def _sizes(program: Program) -> dict[str, Any]:
         "cache_bytes": None if cache is None else math.ceil(float(cache.bits(CONTEXT)) / 8),
         "cache": None if cache is None else cache.to_dict(),
         "decode": None if program.decode is None else program.decode.to_dict(),
+        "drafted": None if program.decode is None else _drafted(program.decode),
+        "draft": None if program.draft is None else {"name": program.draft.name, "bytes": _own(program)},
     }
+
+
+def _drafted(plan: DecodePlan) -> str:
+    from ..ir.decode.draft import kind
+
+    law = {"exact": "exact", "bounded": "with a bound", "unbounded": "not the model's law"}[plan.accept.law]
+    return f"{' and '.join(map(kind, plan.draft.parts))}, {plan.draft.most} tokens a step at most, {law}"
+
+
+def _own(program: Program) -> int:
+    """Bytes of a draft model's weights that the model does not share."""
+    return program.nbytes - sum(weight.nbytes for weight in program.weights.values())
 
 
 def _op(node: Any) -> str:
@@ -144,8 +159,9 @@ def _tell(told: dict[str, Any]) -> None:
         bits = number(told["cache_bits_per_value"])
         print(f"cache: {bits} bits a value, {size(told['cache_bytes'])} at {CONTEXT} tokens")
     if told["decode"] is not None:
-        nodes = len(told["decode"]["tree"]["parents"])
-        print(f"speculation: drafter {told['decode']['drafter']}, a tree of {nodes} nodes")
+        print(f"speculation: {told['drafted']}")
+    if told["draft"] is not None:
+        print(f"draft model: {told['draft']['name']}, {size(told['draft']['bytes'])} of its own")
     print("\ncost of a step with B rows, T new tokens, S tokens of context")
     print(columns(list(told["cost"].items()), indent="  "))
     if "cost_of_a_token" in told:

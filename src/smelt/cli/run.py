@@ -35,6 +35,9 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what stands already.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="File of a JSON schema that the answer follows.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the answer matches.")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="File of a grammar in Lark's syntax, for the answer.")] = None,
     no_speculation: Annotated[
         bool, typer.Option("--no-speculation", help="One token a step; the text is the same.")
     ] = False,
@@ -50,6 +53,7 @@ def run(
     smelt run out.smelt "def fib(n):"
     smelt run out.smelt - < prompt.txt --temperature 0.8 --top-p 0.95 --seed 7
     smelt run out.smelt "import os" --stop "\\n\\n" --stats
+    smelt run out.smelt "version = " --regex "[0-9]+[.][0-9]+"
     """
     with waiting(f"loading {out}") as line:
         from .. import load
@@ -70,6 +74,9 @@ def run(
             "seed": seed,
             "stop": tuple(stop or ()),
             "speculate": not no_speculation,
+            "json_schema": _text(json_schema),
+            "regex": regex,
+            "grammar": _text(grammar),
         }
         line.say("reading the prompt")
         start = time.perf_counter()
@@ -94,6 +101,17 @@ def check_decoder(compiled: Compiled) -> None:
         raise SmeltError(
             f"{compiled.program.name} has no cache, so it cannot generate; load it and call `run` on inputs"
         )
+
+
+def _text(path: Path | None) -> str | None:
+    from ..ir.errors import SmeltError
+
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise SmeltError(f"{path}: cannot be read ({fault})") from fault
 
 
 def _pieces(decoding: Decoding, stream: Stream | None, ids: bool) -> Iterator[str]:

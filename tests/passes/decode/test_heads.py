@@ -100,8 +100,8 @@ def test_an_encoded_head_is_copied_decoded(cached, tokens):
 
 def test_the_tree_is_as_deep_as_there_are_heads(cached):
     Heads(heads=2, width=4, nodes=12).apply(cached, None)
-    plan = cached.decode
-    assert (plan.drafter, plan.width, len(plan.tree), max(plan.tree.depths)) == ("heads", 4, 13, 2)
+    plan, draft = cached.decode, cached.decode.draft
+    assert (plan.drafter, draft.width, len(draft.tree), max(draft.tree.depths)) == ("heads", 4, 13, 2)
     assert Heads.exactness is Exactness.EXACT and Heads.effects == {"outputs", "decode"}
 
 
@@ -109,11 +109,10 @@ def test_there_must_be_a_cache(llama):
     assert list(Heads().requires(llama)) == ["llama must have a cache plan, but has none: put cache.insert in front"]
 
 
-def test_a_loop_has_one_drafter(cached):
+def test_one_drafter_of_a_kind_is_enough(cached):
     Heads().apply(cached, None)
-    message = "llama must not have a drafter yet, but already decodes by heads: keep one of the two steps"
-    assert list(Heads().requires(cached)) == [message]
-    assert list(Recycle().requires(cached)) == [message]
+    message = "llama must not draft by heads twice: keep one of the two steps"
+    assert list(Heads().requires(cached)) == [message] and list(Recycle().requires(cached)) == []
 
 
 def test_there_must_be_one_vocabulary_head(cached):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from smelt.ir import decode as drafts
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.errors import SmeltError
 from smelt.passes import Exactness
@@ -11,15 +12,15 @@ from smelt.passes.structure import same_computation
 
 def test_the_defaults_are_the_papers_size(cached):
     outcome = Recycle().apply(cached, None)
-    assert cached.decode.drafter == "recycle" and cached.decode.width == 8
-    assert len(cached.decode.tree) == 1 + 80
+    assert cached.decode.drafter == "recycle" and cached.decode.draft.width == 8
+    assert len(cached.decode.draft.tree) == 1 + 80
     assert outcome.notes == {"nodes": 80, "levels": [8, 21, 25, 17, 8, 1]}
     assert cached.touched >= {"decode"}
 
 
 def test_a_small_tree_drafts_a_chain_first(cached):
     Recycle(width=2, nodes=3).apply(cached, None)
-    assert cached.decode == DecodePlan("recycle", Tree.from_paths([(0,), (0, 0), (0, 0, 0)]), 2)
+    assert cached.decode == DecodePlan(drafts.Recycle(Tree.from_paths([(0,), (0, 0), (0, 0, 0)]), 2))
 
 
 def test_the_model_stays_as_it_is(cached):
@@ -33,11 +34,9 @@ def test_there_must_be_a_cache(llama):
     assert list(Recycle().requires(llama)) == ["llama must have a cache plan, but has none: put cache.insert in front"]
 
 
-def test_a_loop_has_one_drafter(cached):
+def test_one_drafter_of_a_kind_is_enough(cached):
     Recycle().apply(cached, None)
-    assert list(Recycle().requires(cached)) == [
-        "llama must not have a drafter yet, but already decodes by recycle: keep one of the two steps"
-    ]
+    assert list(Recycle().requires(cached)) == ["llama must not draft by recycle twice: keep one of the two steps"]
 
 
 def test_rows_are_filled_from_the_vocabulary(cached):

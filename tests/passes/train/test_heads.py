@@ -61,8 +61,8 @@ def test_the_tree_fits_what_was_measured(headed, text):
     windows = text.tokens.reshape(-1, 32)
     held = windows[-math.ceil(len(windows) / 10) :]
     score = Drill.of(headed, 0.8).measure(held, 4)
-    assert headed.decode.tree == best_tree(score.hits, 6)
-    assert headed.decode.width == 4
+    assert headed.decode.draft.tree == best_tree(score.hits, 6)
+    assert headed.decode.draft.width == 4
 
 
 def test_hits_and_loss_are_what_they_say(headed, text):

@@ -1,11 +1,10 @@
-"""The decode plan: how new tokens are proposed, verified and accepted."""
+"""A static draft tree: what a drafter fills with candidates, always in the same places."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
-from .errors import SmeltError
+from ..errors import SmeltError
 
 
 @dataclass(frozen=True)
@@ -46,31 +45,3 @@ class Tree:
         for parent in self.parents[1:]:
             depth.append(depth[parent] + 1)
         return tuple(depth)
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """drafter → tree → verify → accept. Acceptance is always the walk: draw at a node, descend if a child holds it.
-
-    The walk with position-keyed noise has the law of plain decoding for every drafter, so speculation is exact.
-    drafter `recycle`: candidates are the last seen `width` best successors of a token (Token Recycling).
-    drafter `heads`: head j proposes `width` candidates for the token j + 1 places ahead (Medusa); output `heads`.
-    """
-
-    drafter: Literal["recycle", "heads"]
-    tree: Tree
-    width: int
-
-    def __post_init__(self) -> None:
-        if max(self.tree.ranks) >= self.width:
-            raise SmeltError(f"the draft tree uses rank {max(self.tree.ranks)}, but the drafter keeps {self.width}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> DecodePlan:
-        """Inverse of `to_dict`."""
-        tree = Tree(tuple(data["tree"]["parents"]), tuple(data["tree"]["ranks"]))
-        return cls(data["drafter"], tree, data["width"])

@@ -1,0 +1,223 @@
+"""Speculation: equality on many prompts, tokens a step, wall clock against no speculation, and the host's part.
+
+python benchmarks/speculation.py                             # every recipe that drafts, on the bundled model
+python benchmarks/speculation.py --recipes aded --prompts 20
+python benchmarks/speculation.py --model big.smelt --recipes token-recycling --prompts 4
+
+Every prompt is continued greedily and with three seeds at temperature 1, with and without speculation in turns, so
+that whatever slows the machine slows both. `host` is the share of a speculative step in which no model runs: drafting,
+accepting, committing. Peers: transformers' prompt lookup on the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import smelt
+from smelt.codegen.build import threads
+from smelt.ir.decode import Walk
+from smelt.model import Compiled
+from smelt.recipes import shipped
+from smelt.runtime.session import Session
+from smelt.speed import spread
+from smelt.texts import held_out_text, training_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTED = 2_000_000  # bytes of text for drafters that count
+GREEDY: dict[str, Any] = {}
+SEEDS = (1, 2, 3)
+REQUESTS: tuple[dict[str, Any], ...] = (GREEDY, *({"temperature": 1.0, "seed": seed} for seed in SEEDS))
+
+
+@dataclass
+class Tally:
+    """What requests of one kind took."""
+
+    equal: int = 0
+    asked: int = 0
+    steps: int = 0
+    tokens: int = 0
+    ratios: list[float] = field(default_factory=list)
+    rate: list[float] = field(default_factory=list)
+
+    def told(self) -> dict[str, Any]:
+        """JSON form: tokens a step, and the ratio of tokens a second with quartiles."""
+        low, median, high = spread(self.ratios)
+        return {
+            "equal": self.equal,
+            "asked": self.asked,
+            "tokens_per_step": self.tokens / max(1, self.steps),
+            "speedup": median,
+            "speedup_quartiles": [low, high],
+            "tokens_per_second": spread(self.rate).median,
+        }
+
+
+def measure(compiled: Compiled, prompts: Sequence[Sequence[int]], new: int) -> dict[str, Any]:
+    """All requests, with and without speculation in turns."""
+    plan = compiled.program.decode
+    assert plan is not None
+    walks = isinstance(plan.accept, Walk)
+    kinds = {"greedy": Tally(), "sampled": Tally()}
+    for _ in range(2):  # builds and binds what is missing
+        for speculate in (True, False):
+            compiled.complete([list(prompts[0])], max_new_tokens=new, eos=(), speculate=speculate)
+    for prompt in prompts:
+        for request in REQUESTS:
+            tally = kinds["greedy" if request is GREEDY else "sampled"]
+            made, plain = (
+                compiled.complete([list(prompt)], max_new_tokens=new, eos=(), speculate=speculate, **request)
+                for speculate in (True, False)
+            )
+            tally.steps += made.steps
+            tally.tokens += made.step_tokens
+            tally.ratios.append(made.tokens_per_second / plain.tokens_per_second)
+            tally.rate.append(made.tokens_per_second)
+            if plan.exact and (walks or request is GREEDY):
+                tally.asked += 1
+                tally.equal += made.rows[0].tokens == plain.rows[0].tokens
+    return {name: tally.told() for name, tally in kinds.items()} | {"host": host(compiled, prompts[0], new)}
+
+
+def host(compiled: Compiled, prompt: Sequence[int], new: int) -> dict[str, float]:
+    """Milliseconds of a speculative step, and the share of it that is not the model's kernels or the draft model's."""
+    spent, real = [0.0], Session.step
+
+    def timed(self: Session, *args: Any, **options: Any) -> Any:
+        bound = self.bound(args[0].shape[1], options.get("last") is not None)
+        run = bound.run
+
+        def watched() -> None:
+            start = time.perf_counter()
+            run()
+            spent[0] += time.perf_counter() - start
+
+        bound.run = watched  # type: ignore[method-assign]
+        try:
+            return real(self, *args, **options)
+        finally:
+            del bound.run
+
+    Session.step = timed  # type: ignore[method-assign]
+    try:
+        best = None
+        for _ in range(3):
+            spent[0] = 0.0
+            made = compiled.complete([list(prompt)], max_new_tokens=new, eos=(), temperature=1.0)
+            step = made.decode_seconds / made.steps
+            if best is None or step < best[0]:
+                best = step, max(0.0, 1 - spent[0] / (made.decode_seconds + made.prefill_seconds))
+    finally:
+        Session.step = real  # type: ignore[method-assign]
+    assert best is not None
+    return {"step_ms": 1e3 * best[0], "host_share": best[1]}
+
+
+def transformers_lookup(model: str, prompts: Sequence[Sequence[int]], new: int, threads_: int) -> dict[str, Any]:
+    """transformers' prompt lookup, greedy, in tokens a second."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads_)
+    rates = []
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for prompt in prompts[:20]:
+        ids = torch.tensor([list(prompt)])
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = lm.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                prompt_lookup_num_tokens=10, pad_token_id=0,
+            )  # fmt: skip
+        rates.append((out.shape[1] - ids.shape[1]) / (time.perf_counter() - start))
+    return {"tokens_per_second": spread(rates).median}
+
+
+def main() -> int:
+    """Exit code 1 if some recipe that promises equality does not keep it."""
+    options = _options()
+    model = str(options.model)
+    names = options.recipes or [h.name for h in shipped() if h.family == "decode" or h.name == "joined-drafts"]
+    rows: dict[str, dict[str, Any]] = {}
+    texts = training_texts(COUNTED)
+    prompts: list[list[int]] = []
+    for name in names:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        compiled = smelt.compile(model, name, calibration=texts)
+        if not prompts:
+            ids = compiled.tokenizer.encode(held_out_text())
+            stride = (len(ids) - options.length) // max(1, options.prompts - 1)
+            prompts = [ids[i * stride : i * stride + options.length] for i in range(options.prompts)]
+        rows[name] = measure(compiled, prompts, options.new)
+    peers = (
+        {}
+        if options.no_peers
+        else {"transformers, prompt lookup": transformers_lookup(model, prompts, options.new, threads())}
+    )
+    _tell(rows, peers)
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "prompts": len(prompts),
+        "new": options.new,
+        "threads": threads(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "smelt": smelt.__version__,
+    }
+    place = options.results / f"speculation-{facts['date']}.json"
+    place.write_text(json.dumps({**facts, "rows": rows, "peers": peers}, indent=1) + "\n")
+    broken = [
+        n for n, row in rows.items() for kind in ("greedy", "sampled") if row[kind]["equal"] != row[kind]["asked"]
+    ]
+    return int(bool(broken))
+
+
+def _tell(rows: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(title="speculation against none, the same artefact")
+    for header in ("recipe", "equal", "tokens a step", "speed", "tokens/s", "sampled: tokens a step", "speed", "host"):
+        table.add_column(header, justify="left" if header == "recipe" else "right")
+    for name, row in rows.items():
+        greedy, sampled = row["greedy"], row["sampled"]
+        table.add_row(
+            name,
+            f"{greedy['equal'] + sampled['equal']}/{greedy['asked'] + sampled['asked']}",
+            f"{greedy['tokens_per_step']:.2f}",
+            f"× {greedy['speedup']:.2f}",
+            f"{greedy['tokens_per_second']:.0f}",
+            f"{sampled['tokens_per_step']:.2f}",
+            f"× {sampled['speedup']:.2f}",
+            f"{row['host']['host_share']:.0%} of {row['host']['step_ms']:.2f} ms",
+        )
+    for name, peer in peers.items():
+        table.add_row(name, "", "", "", f"{peer['tokens_per_second']:.0f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=smelt.reference_model(), help="folder of a transformers model")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

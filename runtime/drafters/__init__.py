@@ -1,0 +1,1 @@
+"""Drafters: each proposes a small tree of candidate tokens for every row, which the model then verifies."""

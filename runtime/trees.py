@@ -1,0 +1,92 @@
+"""The drafts of all rows as one step: tokens, depths and who sees whom, padded to few widths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .drafters.base import Drafted, ancestors, depths
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of trees that differ from step to step
+
+
+def padded(nodes: int) -> int:
+    """The width of a step that holds so many nodes: kernels are bound for few of them."""
+    return next((width for width in WIDTHS if width >= nodes), nodes)
+
+
+@dataclass(frozen=True)
+class Below:
+    """What was drafted behind a node: tokens and nodes in the order of the draft, and the law they were drawn from."""
+
+    tokens: list[int]
+    nodes: list[int]
+    law: torch.Tensor | None
+
+
+class Trees:
+    """One draft a row. `tokens`, `depths` int64 and `real` bool are [B, N], `ancestors` bool [N, N] or [B, N, N]."""
+
+    def __init__(self, drafts: Sequence[Drafted], fixed: bool = False) -> None:
+        """`fixed`: all steps have drafts of one shape, so that its own width serves."""
+        self.drafts = drafts
+        shapes = [(tuple(draft.parents), draft.aside) for draft in drafts]
+        same = all(shape == shapes[0] for shape in shapes) if shapes[0][1] is None else len(shapes) == 1
+        sizes = [len(draft.tokens) + (len(draft.aside.tokens) if draft.aside else 0) for draft in drafts]
+        width = max(sizes) if fixed else padded(max(sizes))
+        self.tokens = torch.zeros(len(drafts), width, dtype=torch.int64)
+        self.real = torch.arange(width) < torch.tensor(sizes)[:, None]
+        for row, draft in enumerate(drafts):
+            tokens = draft.tokens + (draft.aside.tokens if draft.aside else [])
+            self.tokens[row, : sizes[row]] = torch.tensor(tokens)
+        shaped = drafts[:1] if same else drafts
+        self.depths = torch.stack([_depths(draft, width) for draft in shaped])
+        self.ancestors: torch.Tensor | None = None
+        if width > 1:
+            seen = [_seen(draft, width) for draft in shaped]
+            self.ancestors = seen[0] if same else torch.stack(seen)
+        self._children: list[dict[tuple[int, int], int] | None] = [None] * len(drafts)
+
+    def child(self, row: int, node: int, token: int) -> int | None:
+        """The node that holds a token behind a node, the first of several."""
+        known = self._children[row]
+        if known is None:
+            draft, known = self.drafts[row], {}
+            for child in range(1, len(draft.tokens)):
+                known.setdefault((draft.parents[child], draft.tokens[child]), child)
+            self._children[row] = known
+        return known.get((node, token))
+
+    def below(self, row: int, node: int) -> Below:
+        """What was drafted behind a node."""
+        draft = self.drafts[row]
+        if draft.draws is not None:
+            nodes = [child for parent, child in draft.draws if parent == node]
+        else:
+            nodes = [child for child in range(1, len(draft.tokens)) if draft.parents[child] == node]
+        law = None if draft.laws is None else draft.laws[node]
+        return Below([draft.tokens[child] for child in nodes], nodes, law)
+
+
+def _seen(draft: Drafted, width: int) -> torch.Tensor:
+    tree = len(draft.tokens)
+    seen = ancestors(tuple(draft.parents), width)
+    if draft.aside is None:
+        return seen
+    seen, aside = seen.clone(), draft.aside
+    rows = slice(tree, tree + len(aside.tokens))
+    seen[rows, 0] = aside.seen[:, 0]
+    seen[rows, rows] = aside.seen[:, 1:]
+    return seen
+
+
+def _depths(draft: Drafted, width: int) -> torch.Tensor:
+    found = depths(tuple(draft.parents), width)
+    if draft.aside is None:
+        return found
+    tree = len(draft.tokens)
+    found = found.clone()
+    found[tree : tree + len(draft.aside.depths)] = torch.tensor(draft.aside.depths)
+    return found
