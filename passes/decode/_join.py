@@ -1,9 +1,10 @@
-"""Drafters that join: a second one makes a union of both, so that recipes compose."""
+"""Passes that add a drafter: a second one makes a union of both, so that recipes compose."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 
@@ -11,6 +12,32 @@ from ...ir.decode import DecodePlan, Draft, Union
 from ...ir.decode.draft import KINDS, kind
 from ...ir.program import Program
 from .._contracts import cached_decoder
+from ..base import Effect, Exactness, Outcome, Pass, Samples
+
+
+@dataclass(frozen=True)
+class Drafting(Pass):
+    """A pass whose options are those of one kind of draft; the graph stays as it is."""
+
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    effects: ClassVar[frozenset[Effect]] = frozenset({"decode"})
+    kind: ClassVar[type[Draft]]
+
+    def __post_init__(self) -> None:
+        self.draft()
+
+    def draft(self) -> Draft:
+        """What drafts, with the pass's options."""
+        return self.kind(**{option.name: getattr(self, option.name) for option in fields(self.kind)})
+
+    def requires(self, program: Program) -> Iterator[str]:
+        """A decoder with a cache plan, whose drafters this one can join."""
+        return joinable(program, self.draft())
+
+    def apply(self, program: Program, samples: Samples | None) -> Outcome:
+        """Add the drafter to the decode plan."""
+        join(program, self.draft())
+        return Outcome(("decode",), notes={"most": self.draft().most})
 
 
 def joinable(program: Program, draft: Draft | type[Draft]) -> Iterator[str]:

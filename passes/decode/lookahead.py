@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ...ir import decode
-from ...ir.program import Program
-from ..base import Effect, Exactness, Outcome, Pass, Samples
-from ._join import join, joinable
+from ._join import Drafting
 
 
 @dataclass(frozen=True)
-class Lookahead(Pass):
+class Lookahead(Drafting):
     """Rows of the step beside the tree run the window; what they choose becomes n-grams that are verified later.
 
     window: columns; ngram: tokens of an n-gram, one more than the window has levels.
@@ -23,24 +20,8 @@ class Lookahead(Pass):
     random and with an empty pool.
     """
 
-    exactness: ClassVar[Exactness] = Exactness.EXACT
-    effects: ClassVar[frozenset[Effect]] = frozenset({"decode"})
+    kind: ClassVar[type[decode.Draft]] = decode.Lookahead
 
     window: int = 7
     ngram: int = 5
     guesses: int = 7
-
-    def __post_init__(self) -> None:
-        self._draft()
-
-    def requires(self, program: Program) -> Iterator[str]:
-        """A decoder with a cache plan and no other drafter."""
-        return joinable(program, self._draft())
-
-    def apply(self, program: Program, samples: Samples | None) -> Outcome:
-        """Set the decode plan; the graph stays as it is."""
-        join(program, self._draft())
-        return Outcome(("decode",), notes={"rows": 1 + self._draft().most})
-
-    def _draft(self) -> decode.Lookahead:
-        return decode.Lookahead(self.window, self.ngram, self.guesses)

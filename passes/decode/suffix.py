@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ...ir import decode
-from ...ir.program import Program
-from ..base import Effect, Exactness, Outcome, Pass, Samples
-from ._join import join, joinable
+from ._join import Drafting
 
 
 @dataclass(frozen=True)
-class Suffix(Pass):
+class Suffix(Drafting):
     """Every sequence of the request up to `depth` tokens is counted; likely continuations make a tree.
 
     depth: tokens that are counted, agreement and continuation together.
@@ -24,25 +21,9 @@ class Suffix(Pass):
     Deviations: only the request itself is counted, not the answers to earlier ones.
     """
 
-    exactness: ClassVar[Exactness] = Exactness.EXACT
-    effects: ClassVar[frozenset[Effect]] = frozenset({"decode"})
+    kind: ClassVar[type[decode.Draft]] = decode.Suffix
 
     depth: int = 24
     factor: float = 1.0
     least: float = 0.1
     nodes: int = 16
-
-    def __post_init__(self) -> None:
-        self._draft()
-
-    def requires(self, program: Program) -> Iterator[str]:
-        """A decoder with a cache plan that does not draft by suffixes yet."""
-        return joinable(program, decode.Suffix)
-
-    def apply(self, program: Program, samples: Samples | None) -> Outcome:
-        """Add the drafter to the decode plan; the graph stays as it is."""
-        join(program, self._draft())
-        return Outcome(("decode",))
-
-    def _draft(self) -> decode.Suffix:
-        return decode.Suffix(self.depth, self.factor, self.least, self.nodes)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -11,12 +10,12 @@ import torch
 from ...ir import decode
 from ...ir.errors import SmeltError
 from ...ir.program import Program
-from ..base import Effect, Exactness, Outcome, Pass, Samples
-from ._join import join, joinable
+from ..base import Outcome, Samples
+from ._join import Drafting, join
 
 
 @dataclass(frozen=True)
-class Trigrams(Pass):
+class Trigrams(Drafting):
     """A table of what follows two tokens, counted in the calibration text if there is one, follows each request.
 
     nodes, depth: of the tree.
@@ -30,8 +29,7 @@ class Trigrams(Pass):
     nothing, where released code drafts a constant token. The table starts anew with every request.
     """
 
-    exactness: ClassVar[Exactness] = Exactness.EXACT
-    effects: ClassVar[frozenset[Effect]] = frozenset({"decode"})
+    kind: ClassVar[type[decode.Draft]] = decode.Trigrams
 
     nodes: int = 24
     depth: int = 5
@@ -46,26 +44,16 @@ class Trigrams(Pass):
     explore: float = 32.0
     scale: float = 8.0
 
-    def __post_init__(self) -> None:
-        self._draft()
-
-    def requires(self, program: Program) -> Iterator[str]:
-        """A decoder with a cache plan that does not draft by trigrams yet."""
-        return joinable(program, decode.Trigrams)
-
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Count, and add the drafter to the decode plan; the graph stays as it is."""
         vocabulary = program.facts.get("vocabulary")
         if not vocabulary:
             raise SmeltError(f"decode.trigrams: {program.name} does not say how many tokens its vocabulary has")
         tables = None if samples is None else counted(samples.tokens, int(vocabulary), self.successors)
-        join(program, self._draft(), tables)
+        join(program, self.draft(), tables)
         pairs = len(tables["trigrams.pairs"]) if tables else 0
         size = sum(t.numel() * t.element_size() for t in tables.values()) if tables else 0
-        return Outcome(("decode",), notes={"pairs": pairs, "bytes": size})
-
-    def _draft(self) -> decode.Trigrams:
-        return decode.Trigrams(**{field.name: getattr(self, field.name) for field in fields(self)})
+        return Outcome(("decode",), notes={"most": self.draft().most, "pairs": pairs, "bytes": size})
 
 
 def counted(tokens: torch.Tensor, vocabulary: int, successors: int) -> dict[str, torch.Tensor]:

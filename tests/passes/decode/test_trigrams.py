@@ -38,9 +38,9 @@ def test_counts_are_those_of_a_loop(rows, successors):
 
 def test_a_text_is_counted_if_there_is_one(cached):
     other = cached.fork()
-    assert Trigrams(successors=2).apply(cached, None).notes == {"pairs": 0, "bytes": 0}
+    assert Trigrams(successors=2).apply(cached, None).notes == {"most": 24, "pairs": 0, "bytes": 0}
     outcome = Trigrams(successors=2).apply(other, Samples(torch.tensor([[1, 2, 3, 1, 2, 4]])))
-    assert outcome.notes == {"pairs": 3, "bytes": 3 * (8 + 2 * 4 + 2 * 4)}
+    assert outcome.notes == {"most": 24, "pairs": 3, "bytes": 3 * (8 + 2 * 4 + 2 * 4)}
     assert cached.decode.tables == {} and other.decode.stamp and cached.decode != other.decode
 
 
