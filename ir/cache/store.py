@@ -10,9 +10,9 @@ import torch
 from ..errors import SmeltError
 from .attend import attend_row
 from .hyper import hyper_attend
+from .links import check_lists, foresee
 from .options import Rope
 from .plan import CachePlan, Counts, Site
-from .predict import Forecast
 from .retrieve import retrieved
 from .schedule import Schedule
 from .segments import Segments
@@ -69,44 +69,13 @@ class Cache:
             schedule = self._schedules.setdefault(key, Schedule(site, batch, self.device))
             schedule.members.append(segments)
             self._schedule_of[site.layer] = schedule
-        self._foresee()
-        self._check_lists()
+        foresee(plan, self.segments, self.device)
+        check_lists(plan, self._schedule_of)
 
     @property
     def batch(self) -> int:
         """Rows, B."""
         return len(self.lengths)
-
-    def _foresee(self) -> None:
-        """Let layers that store what a forecast misses know the layer before."""
-        before = None
-        for site in self.plan.sites:
-            bodies = self.segments[site.layer].bodies
-            if site.predict is not None and not site.predict.first:
-                if before is None:
-                    raise SmeltError(
-                        f"layer {site.layer} stores what a forecast misses, but no encoded layer is before it: run "
-                        "cache.predict again"
-                    )
-                maps = {n: m.to(self.device) for n, m in self.plan.tables_of(site.layer, 0)["predict"].items()}
-                bodies[0].forecast = Forecast(before, maps)
-            before = bodies[0] if bodies else None
-
-    def _check_lists(self) -> None:
-        """Every list that a layer reuses must be made in front of it, of a body of the same tokens."""
-        makers: dict[int | None, Site] = {}
-        for site in self.plan.sites:
-            if site.retrieve is not None and site.retrieve.by == "reuse":
-                maker = makers.get(site.retrieve.source)
-                same = maker is not None and (maker.kv_heads, maker.window) == (site.kv_heads, site.window)
-                if maker is None or not same or self._schedule_of[maker.layer] is not self._schedule_of[site.layer]:
-                    raise SmeltError(
-                        f"layer {site.layer} reads the list of layer {site.retrieve.source}, which must be one in "
-                        "front that scans, with the same KV heads, window, sink, tail and page: put cache.retrieve "
-                        "last, or name another layer"
-                    )
-            elif site.retrieve is not None and site.retrieve.by != "pages":
-                makers[site.layer] = site
 
     @property
     def empty(self) -> bool:
