@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +106,19 @@ def _program(folder: Path, manifest: Mapping[str, Any], weights: Mapping[str, We
     return program
 
 
+def certify(folder: Path, certificate: Mapping[str, Any]) -> None:
+    """Put a certificate into an artefact's manifest, in place of an older one; all else stays as it is.
+
+    Raises SmeltError where the artefact cannot be written, which then is as it was.
+    """
+    folder = Path(folder).resolve()
+    manifest = {**read_manifest(folder), "certificate": dict(certificate)}
+    with whole(folder) as draft:
+        for name in manifest["files"]:
+            os.link(folder / name, draft / name)
+        _seal(draft, manifest)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest; its own hash and its format are checked, those of the files are not."""
     path = folder / MANIFEST
@@ -143,7 +157,10 @@ def _write(folder: Path, program: Program, assets: Mapping[str, bytes], facts: M
     for name, content in assets.items():
         (folder / name).write_bytes(content)
     files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    manifest = {**facts, "format": FORMAT, **tables, "files": files}
+    _seal(folder, {**facts, "format": FORMAT, **tables, "files": files})
+
+
+def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
     (folder / SEAL).write_text(sha256(folder / MANIFEST))
 

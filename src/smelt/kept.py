@@ -52,7 +52,7 @@ def key(recipe: str, sources: Sequence[Any], calibration: Any) -> str | None:
     if room() <= 0 or not all(isinstance(source, str | Path) and Path(source).is_dir() for source in sources):
         return None
     digest = hashlib.sha256()
-    for piece in (_code(), recipe, *_calibration(calibration)):
+    for piece in (code_digest(), recipe, *_calibration(calibration)):
         digest.update(piece.encode() + b"\0")
     for folder in dict.fromkeys(map(Path, sources)):
         inside = folder.rglob("*") if is_onnx(folder) else folder.iterdir()  # an .onnx may name data in subfolders
@@ -116,7 +116,7 @@ def _file(path: Path) -> bytes:
 
 
 @functools.cache
-def _code() -> str:
+def code_digest() -> str:
     """A hash of the code that compiles, and of the libraries that capture."""
     digest = hashlib.sha256(torch.__version__.encode())
     for library in ("transformers", "onnx"):

@@ -260,6 +260,7 @@ class Compiled:
         used = {record.name for record in self.program.history}
         sources = {name: _source_digest(kind) for name, kind in known.items() if name in used}
         facts = {"passes": sources, **self.facts}  # a loaded artefact remembers the passes that made it
+        facts.pop("certificate", None)  # which is of the files that were measured
         if self.report is not None:
             facts["report"] = self.report.to_dict()
         artefact.save(Path(folder), self.program, self.assets.files, facts)

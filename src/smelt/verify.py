@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from . import reference_model
 from .codegen.lower import lower
+from .kept import code_digest
 from .model import Compiled
 from .passes.measure import compare
-from .quality import METRICS, NEEDS_SOURCE, Meter, replay
+from .quality import METRICS, NEEDS_SOURCE, NEW, REQUESTS, Meter, replay
 from .recipes import Bound
+from .runtime.artefact import PROGRAM, WEIGHTS, read_manifest
 
 Status = Literal["holds", "broken", "measured", "not measured"]
 KERNELS_KL = 1e-3  # nats; a quantized cache rounds a reordered sum to another code now and then
@@ -58,6 +61,32 @@ def verify(meter: Meter) -> Iterator[Check]:
     if "lossless" not in promised and plan is not None and plan.exact:
         yield _check(meter, "lossless", Bound(equals=1), True)
     yield _kernels(meter)
+
+
+def certificate(meter: Meter) -> dict[str, Any] | None:
+    """What was proved of an artefact's speculation, of which program and by which code; None if it does not draft.
+
+    `equal` of `asked` requests gave the tokens of plain decoding, greedy and, where drafts are accepted by the walk,
+    sampled. `law`: what the rule of acceptance promises by itself.
+    """
+    plan, folder = meter.compiled.program.decode, meter.folder
+    if plan is None or folder is None:
+        return None
+    files = read_manifest(folder)["files"]
+    return {
+        "law": plan.accept.law,
+        "equal": meter.equality.equal,
+        "asked": meter.equality.total,
+        "difference": meter.equality.difference,
+        "prompts": len(meter.text.prompts),
+        "requests": [dict(request) for request in REQUESTS],
+        "new_tokens": NEW,
+        "drafted_tokens": plan.draft.most,
+        "program": files[PROGRAM],
+        "weights": files[WEIGHTS],
+        "code": code_digest(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _check(meter: Meter, metric: str, bound: Bound, here: bool) -> Check:

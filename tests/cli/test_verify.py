@@ -1,4 +1,4 @@
-"""smelt verify: a table of promises, the exit code 1 for a broken one, and nothing written."""
+"""smelt verify: a table of promises, the exit code 1 for a broken one, and a certificate of speculation."""
 
 import hashlib
 import json
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import smelt
 from smelt.cli import app
+from smelt.runtime import trees
 from smelt.runtime.artefact import MANIFEST, SEAL
 
 from .. import tiny
@@ -80,3 +82,45 @@ def test_too_short_a_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("def f(x): pass")
     result = verify(tiny.artefact(), "--text", tmp_path / "short.txt")
     assert result.exit_code == 2 and "too few" in result.stderr
+
+
+def test_what_was_proved_of_speculation_is_certified(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "out"
+    recipe = {
+        "name": "drafted",
+        "family": "deploy",
+        "does": "Drafts.",
+        "steps": [{"cache.insert": {}}, {"decode.lookup": {}}],
+    }
+    smelt.compile(str(tiny.model()), recipe).save(out)
+    assert verify(out, "--text", text, "--no-certificate").exit_code == 0
+    assert "certificate" not in json.loads((out / MANIFEST).read_text())
+    assert verify(out, "--text", text).exit_code == 0
+    told = json.loads((out / MANIFEST).read_text())
+    proved = told["certificate"]
+    assert proved["law"] == "exact" and proved["equal"] == proved["asked"] == 3 * proved["prompts"] > 0
+    assert (
+        proved["program"] == told["files"]["program.txt"] and proved["weights"] == told["files"]["weights.safetensors"]
+    )
+    again = smelt.load(out)  # sealed anew, and every file as it was
+    shown = CliRunner().invoke(app, ["inspect", str(out)]).stdout
+    assert f"certificate: {proved['equal']} of {proved['asked']} requests equal plain decoding" in shown
+    again.save(tmp_path / "copy")
+    assert "certificate" not in json.loads((tmp_path / "copy" / MANIFEST).read_text())
+
+
+def test_drafts_that_change_a_token_are_certified_as_such(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    recipe = {
+        "name": "drafted",
+        "family": "deploy",
+        "does": "Drafts.",
+        "steps": [{"cache.insert": {}}, {"decode.lookup": {}}],
+    }
+    smelt.compile(str(tiny.model()), recipe).save(out)
+    monkeypatch.setattr(trees.Trees, "child", lambda self, row, node, token: (self.below(row, node).nodes or [None])[0])
+    assert verify(out, "--text", text).exit_code == 1
+    proved = json.loads((out / MANIFEST).read_text())["certificate"]
+    assert proved["equal"] < proved["asked"] and "differs at token" in proved["difference"]

@@ -45,8 +45,9 @@ def inspect_(
         from ..ir.cost import cost
         from ..ir.text import print_program
 
-        program, recipe = _read(what)
-        told = {**_sizes(program), "recipe": recipe, "cost": _formulas(cost(program))}
+        program, manifest = _read(what)
+        known = {"recipe": (manifest.get("recipe") or {}).get("name"), "certificate": manifest.get("certificate")}
+        told = {**_sizes(program), **known, "cost": _formulas(cost(program))}
         if program.facts.get("kind") == "decoder":
             told["cost_of_a_token"] = cost(program).evaluate(B=1, T=1, S=CONTEXT)._asdict()
         plan = lower(program, target) if kernels else None  # type: ignore[arg-type]  # checked above
@@ -67,18 +68,17 @@ def inspect_(
         print(text, end="")
 
 
-def _read(what: str) -> tuple[Program, str | None]:
-    """The program, and the name of the recipe that made it."""
+def _read(what: str) -> tuple[Program, dict[str, Any]]:
+    """The program, and the manifest of an artefact."""
     from ..ir.capture import capture
     from ..ir.shapes import derive
     from ..runtime import artefact
 
     if (Path(what) / artefact.MANIFEST).is_file():
-        program, manifest = artefact.load(Path(what))
-        return program, (manifest.get("recipe") or {}).get("name")
+        return artefact.load(Path(what))
     program = capture(what)
     derive(program)
-    return program, None
+    return program, {}
 
 
 def _sizes(program: Program) -> dict[str, Any]:
@@ -160,6 +160,9 @@ def _tell(told: dict[str, Any]) -> None:
         print(f"cache: {bits} bits a value, {size(told['cache_bytes'])} at {CONTEXT} tokens")
     if told["decode"] is not None:
         print(f"speculation: {told['drafted']}")
+    if told["certificate"] is not None:
+        proved = told["certificate"]
+        print(f"certificate: {proved['equal']} of {proved['asked']} requests equal plain decoding ({proved['date']})")
     if told["draft"] is not None:
         print(f"draft model: {told['draft']['name']}, {size(told['draft']['bytes'])} of its own")
     print("\ncost of a step with B rows, T new tokens, S tokens of context")

@@ -26,11 +26,13 @@ def verify(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Held-out text; default: files of the standard library.")
     ] = None,
+    no_certificate: Annotated[bool, typer.Option("--no-certificate", help="Leave OUT as it is.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure what OUT promises once more.
 
-    On this machine, through the built kernels. Writes nothing; the exit code is 1 if a promise is broken.
+    On this machine, through the built kernels. What was proved of speculation is written into the manifest of OUT, with
+    the hashes of what it was proved of. The exit code is 1 if a promise is broken.
 
     \b
     smelt verify out.smelt
@@ -40,7 +42,8 @@ def verify(
         from .. import reference_model
         from ..model import load
         from ..quality import Meter
-        from ..verify import is_reference
+        from ..runtime.artefact import certify
+        from ..verify import certificate, is_reference
         from ..verify import verify as checks
 
         compiled = load(out)
@@ -51,6 +54,9 @@ def verify(
         plain = None if model is None else _source(model, held_out, compiled)
         meter = Meter(compiled, held_out, plain, out, done=lambda metric: line.say(f"measuring {metric}"))
         found = list(checks(meter))
+        proved = None if no_certificate else certificate(meter)
+        if proved is not None:
+            certify(out, proved)
     if json:
         emit({"artefact": str(out), "holds": _holds([c.status for c in found]), "checks": [c.to_dict() for c in found]})
     else:
