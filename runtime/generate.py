@@ -72,6 +72,8 @@ class Decoding:
         self._check(vocabulary, requests)
         self._requests = torch.tensor(list(range(len(self.rows)) if requests is None else requests))
         plan = program.decode if speculate else None
+        if plan is not None and plan.limit(sampling.greedy) == 0:
+            plan = None
         setting = Setting(session, sampling, self._requests)
         self.drafter: Drafter | None = drafter(plan, vocabulary, setting) if plan else None
         self._accept = acceptor(plan) if plan else Walker()

@@ -35,6 +35,11 @@ class Draft:
         return (self,)
 
     @property
+    def cuts(self) -> bool:
+        """Whether unlikely tokens of a draft can be left out without loss, and save what they cost."""
+        return all(part.joins and not isinstance(part, Model) for part in self.parts)
+
+    @property
     def joins(self) -> bool:
         """Whether it can be one of several: fixed by the context, and without rows of its own beside the tree."""
         return self.proposal == "fixed" and not isinstance(self, Union | Lookahead | Jacobi)

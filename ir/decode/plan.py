@@ -23,16 +23,20 @@ WALK = Walk()
 class DecodePlan:
     """Who drafts, and how what the model says of the draft is accepted.
 
+    `limits`: drafted tokens of a step at most, greedy and sampled, as measured on a machine; 0: it does not draft.
     `tables`: what drafters and rules look up, by name, such as `trigrams.pairs`; `stamp`: their hash, by which plans
     compare.
     """
 
     draft: Draft
     accept: Accept = WALK
+    limits: tuple[int, int] | None = None
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
     stamp: str = ""
 
     def __post_init__(self) -> None:
+        if self.limits is not None and (len(self.limits) != 2 or min(self.limits) < 0):
+            raise SmeltError(f"limits are two numbers of tokens from 0, not {self.limits}")
         if self.draft.proposal not in self.accept.proposals:
             raise SmeltError(
                 f"acceptance by {accepts.kind(self.accept)} is not valid for the drafts of {self.drafter}, which are "
@@ -43,6 +47,10 @@ class DecodePlan:
     def drafter(self) -> str:
         """The name of the drafter's kind."""
         return drafts.kind(self.draft)
+
+    def limit(self, greedy: bool) -> int | None:
+        """Drafted tokens of a step at most, where that was measured."""
+        return None if self.limits is None else self.limits[0 if greedy else 1]
 
     @property
     def exact(self) -> bool:
@@ -61,13 +69,15 @@ class DecodePlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the tables themselves."""
         stamp = {"stamp": self.stamp} if self.stamp else {}
-        return {"draft": _told(self.draft), "accept": _told(self.accept), **stamp}
+        limits = {"limits": list(self.limits)} if self.limits is not None else {}
+        return {"draft": _told(self.draft), "accept": _told(self.accept), **limits, **stamp}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DecodePlan:
         """Inverse of `to_dict`."""
         draft, accept = _made(data["draft"], drafts.KINDS), _made(data["accept"], accepts.KINDS)
-        return cls(draft, accept, stamp=data.get("stamp", ""))
+        limits = tuple(data["limits"]) if "limits" in data else None
+        return cls(draft, accept, limits, stamp=data.get("stamp", ""))
 
 
 def _told(part: Draft | Accept) -> dict[str, Any]:

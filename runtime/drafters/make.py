@@ -16,6 +16,7 @@ from ..trees import padded
 from .base import Drafter
 from .heads import HeadsDrafter
 from .jacobi import JacobiDrafter
+from .limit import LimitedDrafter
 from .lookahead import LookaheadDrafter
 from .lookup import LookupDrafter
 from .model import ModelDrafter
@@ -36,7 +37,11 @@ class Setting:
 
 def drafter(plan: DecodePlan, vocabulary: int, setting: Setting) -> Drafter:
     """The drafter of a decode plan, for the rows of a session."""
-    return _of(plan.draft, plan, vocabulary, setting)
+    made = _of(plan.draft, plan, vocabulary, setting)
+    limit = plan.limit(setting.sampling.greedy)
+    if limit is None or limit >= plan.draft.most or not plan.draft.cuts:
+        return made
+    return LimitedDrafter(made, limit)
 
 
 def _of(draft: Draft, plan: DecodePlan, vocabulary: int, setting: Setting) -> Drafter:

@@ -15,6 +15,7 @@ from .export import export
 from .inspect import inspect_
 from .recipes import recipes
 from .run import run
+from .tune import tune
 from .verify import verify
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -78,6 +79,7 @@ app.command("run")(run)
 app.command("export")(export)
 app.command("recipes")(recipes)
 app.command("inspect")(inspect_)
+app.command("tune")(tune)
 app.command("verify")(verify)
 app.command("bench")(bench)
 
