@@ -95,7 +95,7 @@ class Walker:
 
 
 class Truster:
-    """`Trust`: a drafted token where there is one, else what plain decoding chooses."""
+    """`Trust`: a drafted token where there is one that may stand here, else what plain decoding chooses."""
 
     plain = False
 
@@ -103,8 +103,10 @@ class Truster:
         """See `Acceptor`."""
         plain = Walker().behind(at, drafted, paths)
         return [
-            (below.tokens[0], below.nodes[0]) if below.tokens else came
-            for below, came in zip(drafted, plain, strict=True)
+            (below.tokens[0], below.nodes[0])
+            if below.tokens and at.processed[row, below.tokens[0]] > -math.inf
+            else came
+            for row, (below, came) in enumerate(zip(drafted, plain, strict=True))
         ]
 
 
@@ -249,6 +251,8 @@ class Merger(Trying):
         for token in tokens:
             near = self.neighbours[token].long()
             near = near[p[near].cumsum(0) <= self.delta]
+            if not p[token] > 0:  # it may not stand here, or an earlier child stood for it
+                near = near[:0]
             merged = torch.cat((near[near != token], torch.tensor([token])))
             share = float(p[merged].sum())
             taken.append(share / left if left > 0 else 1.0)
@@ -272,7 +276,7 @@ class NearTaker(Single):
         if best is not None:
             regret = float(logits.max() - logits[best[0]])
             among = int((logits > logits[best[0]]).sum()) < self.rule.top if self.rule.top > 1 else regret == 0
-            if among or lost + regret <= self.rule.regret:
+            if regret < math.inf and (among or lost + regret <= self.rule.regret):
                 self._lost[request, len(path) + 1] = lost + regret
                 return best
         return _plainly(at, row, below)

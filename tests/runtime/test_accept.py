@@ -11,7 +11,17 @@ import torch
 
 from smelt.ir.decode import Merge, Near, Typical
 from smelt.runtime import accept
-from smelt.runtime.accept import KSequentialTaker, Merger, NearTaker, Rejecter, Standing, Trying, TypicalTaker, Walker
+from smelt.runtime.accept import (
+    KSequentialTaker,
+    Merger,
+    NearTaker,
+    Rejecter,
+    Standing,
+    Truster,
+    Trying,
+    TypicalTaker,
+    Walker,
+)
 from smelt.runtime.sampling import Sampling
 from smelt.runtime.trees import Below
 
@@ -213,3 +223,18 @@ def test_near_acceptance_counts_ranks_and_regret() -> None:
     assert rule.behind(at, [below], [[0]]) == [(1, 5)]
     assert rule.behind(at, [below], [[0, 5]]) == [(0, None)]  # 0.3 was lost on the way already
     assert rule.behind(at, [below], [[0]]) == [(1, 5)]  # a new step
+
+
+def test_what_may_not_stand_somewhere_is_never_accepted() -> None:
+    """A constraint takes tokens out of the law; no rule brings them back, whatever was drafted."""
+    logits = torch.tensor([0.3, -torch.inf, 1.1, 0.0])
+    below, sampled = Below([1], [4], torch.tensor([0.1, 0.5, 0.2, 0.2])), Sampling(temperature=1.0, seed=3)
+    neighbours = torch.tensor([[1, 2], [0, 2], [3, 1], [2, 0]], dtype=torch.int32)
+    rules = [
+        Walker(), Rejecter("fixed"), Rejecter("iid"), KSequentialTaker(), TypicalTaker(Typical()), Truster(),
+        NearTaker(Near(top=4, regret=9.0)), Merger(Merge(0.9), {"neighbours": neighbours}),
+    ]  # fmt: skip
+    for rule in rules:
+        for sampling in (Sampling(), sampled):
+            came = rule.behind(standing(logits, 200, sampling), [below] * 200, [[0]] * 200)
+            assert all(token != 1 and node is None for token, node in came), rule
