@@ -15,7 +15,7 @@ from .. import tiny
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "100"}
-COMMANDS = ("compile", "run", "export", "recipes", "inspect", "verify", "bench")
+COMMANDS = ("compile", "run", "export", "recipes", "inspect", "verify", "tune", "bench")
 
 
 def smelt_(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:

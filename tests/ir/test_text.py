@@ -114,7 +114,7 @@ _CHANGES: dict[str, Any] = {
     "facts": lambda p: p.facts.update(context=129),
     "facts.eos": lambda p: p.facts.update(eos=[True]),
     "cache": lambda p: setattr(p, "cache", p.cache.with_site(replace(p.cache.sites[1], tail=96))),
-    "decode": lambda p: setattr(p, "decode", replace(p.decode, width=5)),
+    "decode": lambda p: setattr(p, "decode", replace(p.decode, limits=(1, 2))),
     "history": lambda p: setattr(p, "history", p.history[:1]),
     "history[0].changed": lambda p: p.origin.pop("model.layers.0.mlp.up_proj.weight"),
     "weights": lambda p: p.weights.pop("lm_head.weight"),

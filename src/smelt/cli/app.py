@@ -79,8 +79,8 @@ app.command("run")(run)
 app.command("export")(export)
 app.command("recipes")(recipes)
 app.command("inspect")(inspect_)
-app.command("tune")(tune)
 app.command("verify")(verify)
+app.command("tune")(tune)
 app.command("bench")(bench)
 
 
