@@ -128,15 +128,26 @@ def test_what_is_read_was_written(ranks: int) -> None:
 @two_threads
 @pytest.mark.parametrize("meets", [True, False])
 def test_a_missing_meeting_is_seen(meets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever did the quick piece reads at once; with a meeting it waits for the late one."""
+    """Whoever did the quick piece reads at once; with a meeting it waits for the late one.
+
+    On a busy machine one thread may do both pieces, and nobody reads too early: then it is tried again.
+    """
     monkeypatch.setenv("SMELT_THREADS", "2")
     value, places, found = (torch.zeros(2, dtype=torch.int32) for _ in range(3))
     made = Unit([call(LATE, value, places, writes=[value, places]), call(READ, value, found, writes=[found])])
     assert [each.words[0] for each in made.calls] == [0, MEET]
     if not meets:
         made.calls[1].words[0] = 0
-    made()
-    assert value[0] == 7 and found[0] == (7 if meets else 0)
+    seen = set()
+    for _ in range(2 if meets else 8):
+        for each in (value, places, found):
+            each.zero_()
+        made()
+        assert value[0] == 7
+        seen.add(int(found[0]))
+        if 0 in seen:
+            break
+    assert seen == {7} if meets else 0 in seen
 
 
 def flags(*calls: tuple[str, str, bool]) -> list[int]:
