@@ -8,7 +8,7 @@ leaves the grammar is never accepted.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import torch
 from ..ir.errors import SmeltError
 
 Kind = Literal["json_schema", "regex", "grammar"]
-NAMES = {"json_schema": "the JSON schema", "regex": "the regular expression", "grammar": "the grammar"}
+NAMES: dict[Kind, str] = {"json_schema": "the JSON schema", "regex": "the regular expression", "grammar": "the grammar"}
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,13 @@ class Guide:
             raise SmeltError(f"generate: token {token} is outside of the grammar: {self._matcher.get_error()}")
 
 
-def constraint(given: Mapping[str, Any], tokenizer: str, vocabulary: int, eos: int) -> Constraint | None:
-    """The constraint among the options of a call, of which there may be one; None without."""
+def constraint(
+    given: Mapping[Kind, Any], tokenizer: bytes | None, vocabulary: int, eos: Sequence[int]
+) -> Constraint | None:
+    """The constraint among the options of a call, of which there may be one; None without.
+
+    tokenizer: the content of tokenizer.json, if there is one. eos: the tokens that end an answer, the first counts.
+    """
     named = {kind: value for kind, value in given.items() if value is not None}
     if not named:
         return None
@@ -105,7 +110,9 @@ def constraint(given: Mapping[str, Any], tokenizer: str, vocabulary: int, eos: i
             raise SmeltError(f"generate: the JSON schema is no JSON ({fault})") from fault
     if not isinstance(value, str):
         raise SmeltError(f"generate: {kind} must be text, not {type(value).__name__}")
-    return Constraint(kind, value, tokenizer, vocabulary, eos)  # type: ignore[arg-type]
+    if tokenizer is None or not eos:
+        raise SmeltError("generate: a constraint needs the model's tokenizer and its end token")
+    return Constraint(kind, value, tokenizer.decode("utf-8"), vocabulary, eos[0])
 
 
 def _engine() -> Any:

@@ -3,7 +3,7 @@
 from .accept import Accept, KSequential, Law, Merge, Near, Reject, Trust, Typical, Walk
 from .draft import Draft, Heads, Jacobi, Lookahead, Lookup, Model, Proposal, Recycle, Suffix, Trigrams, Union
 from .plan import DecodePlan
-from .tree import Tree
+from .tree import Tree, usual_rates
 
 __all__ = [
     "Accept",
@@ -28,4 +28,5 @@ __all__ = [
     "Typical",
     "Union",
     "Walk",
+    "usual_rates",
 ]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ..errors import SmeltError
 
+FIRST, REST = 0.5, 0.2  # hit rates before anything is measured: 0.5 for the best candidate, 0.2 / (r + 1) for rank r
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -45,3 +47,12 @@ class Tree:
         for parent in self.parents[1:]:
             depth.append(depth[parent] + 1)
         return tuple(depth)
+
+
+def usual_rates(width: int) -> tuple[float, ...]:
+    """The hit rate assumed for each of `width` ranks, best first: a Zipf law with a heavier head.
+
+    With 8 ranks and 6 levels the best 80 nodes stand 8, 21, 25, 17, 8 and 1 to a level; the template that was published
+    with Token Recycling has 8, 21, 25, 15, 8 and 3.
+    """
+    return (FIRST, *(REST / (rank + 1) for rank in range(1, width)))[:width]

@@ -27,9 +27,9 @@ class Drafted:
     aside: Aside | None = None
 
     @classmethod
-    def chain(cls, tokens: Sequence[int], likely: Sequence[float] | None = None) -> Drafted:
+    def chain(cls, tokens: Sequence[int]) -> Drafted:
         """Tokens one behind the other, the pending one first."""
-        return cls(list(tokens), (0, *range(len(tokens) - 1)), likely)
+        return cls(list(tokens), (0, *range(len(tokens) - 1)))
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .base import Drafted, Drafter, Growing, Verified
+from .base import Drafted, Drafter, Verified
 from .union import likeliest, usual
 
 
@@ -35,11 +35,7 @@ class LimitedDrafter(Drafter):
             return draft
         if self.fixed:
             return self._cut_alike(draft)
-        whole, at = Growing(draft.tokens[0]), [0]
-        likely = draft.likely or usual(draft.parents)
-        for node in range(1, len(draft.tokens)):
-            at.append(whole.add(at[draft.parents[node]], draft.tokens[node], likely[node]))
-        return likeliest(whole, self.nodes)
+        return likeliest([draft], self.nodes)
 
     def _cut_alike(self, draft: Drafted) -> Drafted:
         """The same nodes at every step; parents stand before their children, and are never less likely."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ...ir.decode import usual_rates
 from .base import Drafted, Drafter, Growing, Verified
 
-FIRST, REST = 0.5, 0.2  # of a static tree's ranks: see passes/decode/_trees.py
+RATES = usual_rates(256)
 
 
 class UnionDrafter(Drafter):
@@ -37,12 +38,7 @@ class UnionDrafter(Drafter):
         return {row: self._joined([drafts[row] for drafts in found]) for row in rows}
 
     def _joined(self, drafts: Sequence[Drafted]) -> Drafted:
-        whole = Growing(drafts[0].tokens[0])
-        for draft in drafts:
-            likely, at = draft.likely or usual(draft.parents), [0]
-            for node in range(1, len(draft.tokens)):
-                at.append(whole.add(at[draft.parents[node]], draft.tokens[node], likely[node]))
-        return likeliest(whole, self.nodes)
+        return likeliest(drafts, self.nodes)
 
 
 def usual(parents: Sequence[int]) -> list[float]:
@@ -51,12 +47,17 @@ def usual(parents: Sequence[int]) -> list[float]:
     for parent in parents[1:]:
         rank = ranks[parent]
         ranks[parent] += 1
-        likely.append(likely[parent] * (REST / (rank + 1) if rank else FIRST))
+        likely.append(likely[parent] * RATES[rank])
     return likely
 
 
-def likeliest(tree: Growing, nodes: int) -> Drafted:
-    """The likeliest nodes of a tree, each with all above it; no child counts as likelier than its parent."""
+def likeliest(drafts: Sequence[Drafted], nodes: int) -> Drafted:
+    """The likeliest nodes of drafts laid over each other, each with all above it; no child counts as likelier."""
+    tree = Growing(drafts[0].tokens[0])
+    for draft in drafts:
+        chances, places = draft.likely or usual(draft.parents), [0]
+        for node in range(1, len(draft.tokens)):
+            places.append(tree.add(places[draft.parents[node]], draft.tokens[node], chances[node]))
     if len(tree) <= nodes + 1:
         return tree.drafted()
     children: list[list[int]] = [[] for _ in tree.tokens]

@@ -27,7 +27,8 @@ from .passes import catalogue
 from .passes.report import Report
 from .runtime import artefact
 from .runtime.bound import Bound, binding
-from .runtime.constraint import Constraint, constraint
+from .runtime.constraint import NAMES as CONSTRAINTS
+from .runtime.constraint import constraint
 from .runtime.generate import Decoding, Limits
 from .runtime.prefix import Prefix, Reader
 from .runtime.profile import Timing, profile
@@ -38,7 +39,6 @@ from .runtime.text import Stream, Tokenizer
 Prompt: TypeAlias = str | Sequence[int] | torch.Tensor
 ROUND = 256  # tokens in which a session's context is counted, so that the next call may take it over
 KEPT = 8  # shapes of inputs whose buffers `run` keeps
-CONSTRAINTS = ("json_schema", "regex", "grammar")
 OPTIONS = (
     "max_new_tokens",
     "stop",
@@ -286,16 +286,6 @@ class Compiled:
             assets=self.assets.files, facts=facts, check=check, progress=progress, **options,
         )  # fmt: skip
 
-    def _constraint(self, asked: Mapping[str, Any]) -> Constraint | None:
-        """What a call asks its answers to follow."""
-        if not any(value is not None for value in asked.values()):
-            return None
-        text = self.assets.files.get("tokenizer.json")
-        eos = list(self.program.facts.get("eos") or ())
-        if text is None or not eos:
-            raise SmeltError("generate: a constraint needs the model's tokenizer and its end token")
-        return constraint(asked, text.decode("utf-8"), int(self.program.facts["vocabulary"]), eos[0])
-
     def _start(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> tuple[Decoding, list[Stream], float]:
         """A decoding ready to run, one text stream a row where there is a tokenizer, and the time of the call."""
         start, given = time.perf_counter(), dict(options)
@@ -329,7 +319,9 @@ class Compiled:
         if prefix is not None:
             put_back(session.cache, prefix.saved)
         has_text = self.assets.folder is not None and (self.assets.folder / "tokenizer.json").is_file()
-        limits, held = Limits(new_tokens, frozenset(eos)), self._constraint(asked)
+        facts, spelled = self.program.facts, self.assets.files.get("tokenizer.json")
+        held = constraint(asked, spelled, int(facts.get("vocabulary") or 0), facts.get("eos") or ())
+        limits = Limits(new_tokens, frozenset(eos))
         decoding = Decoding(session, ids, Sampling(**given), limits, speculate, constraint=held)
         if stop and not has_text:
             raise SmeltError("generate: stop strings need the model's tokenizer: pass tokenizer=FOLDER to compile")
