@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ...ir.decode import Lookup
 from .base import Drafted, Growing, History
 
-SURE = {1: 0.35, 2: 0.6}  # that the first copied token is right, by tokens that agree; more: 0.8
+SURE = {1: 0.35, 2: 0.6}  # guesses: the first copied token is right, by tokens that agree; more: 0.8
 FADES = 0.9  # with each further token
 
 

@@ -84,15 +84,16 @@ def test_too_short_a_text_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "too few" in result.stderr
 
 
-def test_what_was_proved_of_speculation_is_certified(tmp_path: Path, text: Path) -> None:
-    out = tmp_path / "out"
-    recipe = {
-        "name": "drafted",
-        "family": "deploy",
-        "does": "Drafts.",
-        "steps": [{"cache.insert": {}}, {"decode.lookup": {}}],
-    }
+def drafting(out: Path) -> Path:
+    """An artefact that drafts."""
+    steps = [{"cache.insert": {}}, {"decode.lookup": {}}]
+    recipe = {"name": "drafted", "family": "deploy", "does": "Drafts.", "steps": steps}
     smelt.compile(str(tiny.model()), recipe).save(out)
+    return out
+
+
+def test_what_was_proved_of_speculation_is_certified(tmp_path: Path, text: Path) -> None:
+    out = drafting(tmp_path / "out")
     assert verify(out, "--text", text, "--no-certificate").exit_code == 0
     assert "certificate" not in json.loads((out / MANIFEST).read_text())
     assert verify(out, "--text", text).exit_code == 0
@@ -112,14 +113,7 @@ def test_what_was_proved_of_speculation_is_certified(tmp_path: Path, text: Path)
 def test_drafts_that_change_a_token_are_certified_as_such(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    recipe = {
-        "name": "drafted",
-        "family": "deploy",
-        "does": "Drafts.",
-        "steps": [{"cache.insert": {}}, {"decode.lookup": {}}],
-    }
-    smelt.compile(str(tiny.model()), recipe).save(out)
+    out = drafting(tmp_path / "out")
     monkeypatch.setattr(trees.Trees, "child", lambda self, row, node, token: (self.below(row, node).nodes or [None])[0])
     assert verify(out, "--text", text).exit_code == 1
     proved = json.loads((out / MANIFEST).read_text())["certificate"]
