@@ -6,6 +6,7 @@ their files. What comes out is checked against transformers' eager forward befor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ from .interfaces import NAME, chosen, register
 from .names import Checkpoint, all_tensors, tied_names
 
 _LONGEST = 1 << 20
+_MOST_TRACED = 8  # models whose trace is kept: a few megabytes each
+_traced: dict[tuple[type, str], torch.export.ExportedProgram] = {}
 
 
 def capture_hf(source: str | Path | nn.Module) -> Program:
@@ -45,7 +48,8 @@ def capture_hf(source: str | Path | nn.Module) -> Program:
     decoder = bool(model.can_generate())  # type: ignore[operator]  # a method of every transformers model
     inputs, outputs = (("tokens", "positions"), ("logits",)) if decoder else (("tokens", "mask"), ("hidden",))
     with evaluating(model):
-        program = to_program(_export(model, decoder, name), name, inputs, outputs, weight, tied_names(model))
+        exported = _export(model, decoder, name) if folder is None else _remembered(model, decoder, name)
+        program = to_program(exported, name, inputs, outputs, weight, tied_names(model))
         program.facts = _facts(config, decoder, folder)
         through_interface = set(program.calls(ATTENTION))
         raise_program(program)
@@ -96,6 +100,20 @@ class _Encoder(nn.Module):
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
         return hidden
+
+
+def _remembered(model: Any, decoder: bool, name: str) -> torch.export.ExportedProgram:
+    """The trace of a model that was built from its configuration, which says all of it: made once a process.
+
+    What becomes of it is checked against the model as ever.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    key = type(model), json.dumps(config, sort_keys=True, default=str)
+    if key not in _traced:
+        while len(_traced) >= _MOST_TRACED:
+            del _traced[next(iter(_traced))]
+        _traced[key] = _export(model, decoder, name)
+    return _traced[key]
 
 
 def _export(model: nn.Module, decoder: bool, name: str) -> torch.export.ExportedProgram:

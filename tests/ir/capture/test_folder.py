@@ -246,3 +246,24 @@ def test_transformers_is_named_when_it_is_missing(folder: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "smelt.ir.capture.hf", None)
     with pytest.raises(SmeltError, match=r"needs transformers: pip install 'smelt\[hf\]'"):
         capture(folder)
+
+
+def test_a_model_is_traced_once_for_each_configuration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smelt.ir.capture import hf
+    from smelt.ir.text import print_program
+
+    traced: list[str] = []
+    export = hf._export
+    monkeypatch.setattr(hf, "_traced", {})
+    monkeypatch.setattr(hf, "_export", lambda *given: traced.append(given[-1]) or export(*given))
+    first = capture(folder)
+    text = print_program(first)
+    first.graph.erase_node(next(iter(reversed(first.graph.nodes))))
+    first.graph.output({})
+    assert print_program(capture(folder)) == text
+    before = first.weights[NORM].dense().clone()
+    stored(folder, lambda tensors: tensors[NORM].mul_(2.0))
+    assert torch.equal(capture(folder).weights[NORM].dense(), 2 * before)
+    assert len(traced) == 1
+    described(folder, rms_norm_eps=0.123)  # a number that only the trace holds
+    assert "0.123" in print_program(capture(folder)) and "0.123" not in text and len(traced) == 2
