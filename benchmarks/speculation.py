@@ -1,12 +1,12 @@
 """Speculation: equality on many prompts, tokens a step, wall clock against no speculation, and the host's part.
 
 python benchmarks/speculation.py                             # every recipe that drafts, on the bundled model
-python benchmarks/speculation.py --recipes aded --prompts 20
-python benchmarks/speculation.py --model big.smelt --recipes token-recycling --prompts 4
+python benchmarks/speculation.py --recipes aded --prompts 20 --timed 4
 
-Every prompt is continued greedily and with three seeds at temperature 1, with and without speculation in turns, so
-that whatever slows the machine slows both. `host` is the share of a speculative step in which no model runs: drafting,
-accepting, committing. Peers: transformers' prompt lookup on the same model.
+Every prompt is continued greedily and with three seeds at temperature 1, with and without speculation: in batches for
+equality, alone and over 4-bit weights and KIVI's cache; then some of them one at a time and in turns, so that whatever
+slows the machine slows both. `host` is the share of a speculative step in which no model runs: drafting, accepting,
+committing. Peers: transformers' prompt lookup on the same model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import smelt
 from smelt.codegen.build import threads
 from smelt.ir.decode import Walk
 from smelt.model import Compiled
-from smelt.recipes import shipped
+from smelt.passes import catalogue
+from smelt.recipes import load, shipped
 from smelt.runtime.session import Session
 from smelt.speed import spread
 from smelt.texts import held_out_text, training_texts
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNTED = 2_000_000  # bytes of text for drafters that count
 GREEDY: dict[str, Any] = {}
 SEEDS = (1, 2, 3)
+ROWS = 8  # prompts of a batch
 REQUESTS: tuple[dict[str, Any], ...] = (GREEDY, *({"temperature": 1.0, "seed": seed} for seed in SEEDS))
 
 
@@ -47,8 +49,6 @@ REQUESTS: tuple[dict[str, Any], ...] = (GREEDY, *({"temperature": 1.0, "seed": s
 class Tally:
     """What requests of one kind took."""
 
-    equal: int = 0
-    asked: int = 0
     steps: int = 0
     tokens: int = 0
     ratios: list[float] = field(default_factory=list)
@@ -58,8 +58,6 @@ class Tally:
         """JSON form: tokens a step, and the ratio of tokens a second with quartiles."""
         low, median, high = spread(self.ratios)
         return {
-            "equal": self.equal,
-            "asked": self.asked,
             "tokens_per_step": self.tokens / max(1, self.steps),
             "speedup": median,
             "speedup_quartiles": [low, high],
@@ -67,11 +65,25 @@ class Tally:
         }
 
 
-def measure(compiled: Compiled, prompts: Sequence[Sequence[int]], new: int) -> dict[str, Any]:
-    """All requests, with and without speculation in turns."""
+def equality(compiled: Compiled, prompts: Sequence[Sequence[int]], new: int) -> dict[str, int]:
+    """How many answers are the same with and without speculation, of those that the plan promises to be."""
     plan = compiled.program.decode
     assert plan is not None
-    walks = isinstance(plan.accept, Walk)
+    promised = [r for r in REQUESTS if plan.exact and (isinstance(plan.accept, Walk) or r is GREEDY)]
+    equal = 0
+    for first in range(0, len(prompts), ROWS):
+        batch = [list(prompt) for prompt in prompts[first : first + ROWS]]
+        for request in promised:
+            made, plain = (
+                compiled.complete(batch, max_new_tokens=new, eos=(), speculate=speculate, **request).rows
+                for speculate in (True, False)
+            )
+            equal += sum(a.tokens == b.tokens for a, b in zip(made, plain, strict=True))
+    return {"equal": equal, "asked": len(promised) * len(prompts)}
+
+
+def measure(compiled: Compiled, prompts: Sequence[Sequence[int]], new: int) -> dict[str, Any]:
+    """All requests one at a time, with and without speculation in turns."""
     kinds = {"greedy": Tally(), "sampled": Tally()}
     for _ in range(2):  # builds and binds what is missing
         for speculate in (True, False):
@@ -87,10 +99,19 @@ def measure(compiled: Compiled, prompts: Sequence[Sequence[int]], new: int) -> d
             tally.tokens += made.step_tokens
             tally.ratios.append(made.tokens_per_second / plain.tokens_per_second)
             tally.rate.append(made.tokens_per_second)
-            if plan.exact and (walks or request is GREEDY):
-                tally.asked += 1
-                tally.equal += made.rows[0].tokens == plain.rows[0].tokens
     return {name: tally.told() for name, tally in kinds.items()} | {"host": host(compiled, prompts[0], new)}
+
+
+def over(name: str) -> dict[str, Any]:
+    """A recipe's steps behind 4-bit weights and KIVI's cache, which inserts the cache."""
+    steps = [step.content() for step in load(name, catalogue()).steps if step.pass_name != "cache.insert"]
+    under: list[dict[str, Any]] = [{"weights.quantize": {"bits": 4}}, {"include": "kivi"}]
+    return {
+        "name": name,
+        "family": "deploy",
+        "does": "Drafts over compressed weights and cache.",
+        "steps": under + steps,
+    }
 
 
 def host(compiled: Compiled, prompt: Sequence[int], new: int) -> dict[str, float]:
@@ -161,7 +182,9 @@ def main() -> int:
             ids = compiled.tokenizer.encode(held_out_text())
             stride = (len(ids) - options.length) // max(1, options.prompts - 1)
             prompts = [ids[i * stride : i * stride + options.length] for i in range(options.prompts)]
-        rows[name] = measure(compiled, prompts, options.new)
+        rows[name] = {"alone": equality(compiled, prompts, options.new)}
+        rows[name] |= measure(compiled, prompts[: options.timed], options.new)
+        rows[name]["compressed"] = equality(smelt.compile(model, over(name), calibration=texts), prompts, options.new)
     peers = (
         {}
         if options.no_peers
@@ -171,6 +194,7 @@ def main() -> int:
     facts = {
         "date": datetime.date.today().isoformat(),
         "prompts": len(prompts),
+        "timed": options.timed,
         "new": options.new,
         "threads": threads(),
         "load": os.getloadavg()[0],
@@ -180,21 +204,29 @@ def main() -> int:
     }
     place = options.results / f"speculation-{facts['date']}.json"
     place.write_text(json.dumps({**facts, "rows": rows, "peers": peers}, indent=1) + "\n")
-    broken = [
-        n for n, row in rows.items() for kind in ("greedy", "sampled") if row[kind]["equal"] != row[kind]["asked"]
-    ]
-    return int(bool(broken))
+    held = [row[kind] for row in rows.values() for kind in ("alone", "compressed")]
+    return int(any(each["equal"] != each["asked"] for each in held))
 
 
 def _tell(rows: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table(title="speculation against none, the same artefact")
-    for header in ("recipe", "equal", "tokens a step", "speed", "tokens/s", "sampled: tokens a step", "speed", "host"):
+    for header in (
+        "recipe",
+        "equal",
+        "compressed",
+        "tokens a step",
+        "speed",
+        "tokens/s",
+        "sampled: tokens a step",
+        "speed",
+        "host",
+    ):
         table.add_column(header, justify="left" if header == "recipe" else "right")
     for name, row in rows.items():
         greedy, sampled = row["greedy"], row["sampled"]
         table.add_row(
             name,
-            f"{greedy['equal'] + sampled['equal']}/{greedy['asked'] + sampled['asked']}",
+            *(f"{row[kind]['equal']}/{row[kind]['asked']}" for kind in ("alone", "compressed")),
             f"{greedy['tokens_per_step']:.2f}",
             f"× {greedy['speedup']:.2f}",
             f"{greedy['tokens_per_second']:.0f}",
@@ -203,7 +235,7 @@ def _tell(rows: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Mapping[str
             f"{row['host']['host_share']:.0%} of {row['host']['step_ms']:.2f} ms",
         )
     for name, peer in peers.items():
-        table.add_row(name, "", "", "", f"{peer['tokens_per_second']:.0f}")
+        table.add_row(name, "", "", "", "", f"{peer['tokens_per_second']:.0f}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -212,6 +244,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=smelt.reference_model(), help="folder of a transformers model")
     parser.add_argument("--recipes", nargs="+", metavar="NAME")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--timed", type=int, default=20, help="prompts of the timed part")
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--no-peers", action="store_true")

@@ -8,6 +8,7 @@ import torch
 
 from ...ir.decode import Heads
 from .base import Drafted, Drafter, Verified
+from .largest import largest
 
 
 class HeadsDrafter(Drafter):
@@ -26,7 +27,7 @@ class HeadsDrafter(Drafter):
         self._pending[row] = tokens[-1]
 
     def observe(self, row: int, verified: Verified) -> None:
-        self._best[row] = verified.outputs["heads"][verified.path[-1]].topk(self.width, -1).indices  # [J, width]
+        self._best[row] = largest(verified.outputs["heads"][verified.path[-1]], self.width)  # [J, width]
         if verified.fresh:
             self._pending[row] = verified.fresh[-1]
 

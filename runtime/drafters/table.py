@@ -8,6 +8,7 @@ import torch
 
 from ...ir.decode import Recycle, Tree
 from .base import Drafted, Drafter, Verified
+from .largest import largest
 
 
 class RecycleDrafter(Drafter):
@@ -29,9 +30,10 @@ class RecycleDrafter(Drafter):
         self._pending[row] = tokens[-1]
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        best = largest(logits, self.width)
         known, places = tokens.unique(return_inverse=True)
         last = torch.zeros_like(known).scatter_reduce_(0, places, torch.arange(len(tokens)), "amax", include_self=False)
-        self.matrix[known] = logits[last].topk(self.width, -1).indices
+        self.matrix[known] = best[last]
 
     def observe(self, row: int, verified: Verified) -> None:
         if verified.fresh:
