@@ -48,6 +48,10 @@ ORDERS = (  # (recall, better, worse): query-aware selection far before running 
     ("many unknown", "quest", "snapkv"),
     ("many unknown", "l2-norm", "streaming-llm"),
 )
+EXPLAINED = {  # orders that do not hold for the model and the tasks of this benchmark: recipes tell more
+    ("h2o", "streaming-llm"): "nothing attended to lines before they were asked for, and its window is half as long",
+    ("l2-norm", "streaming-llm"): "this model attends to long keys; kvpress Knorm finds as little",
+}
 
 
 def value(row: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
@@ -88,7 +92,8 @@ def lines(rows: Rows) -> Iterator[str]:
         pair = [value(rows.get(name, {}), ("recall", metric)) for name in (better, worse)]
         if pair[0] is not None and pair[1] is not None:
             right = pair[0] >= pair[1] - NOISE
-            yield _line(right, f"{metric}: {better} {pair[0]:.0%}, {worse} {pair[1]:.0%}")
+            why = "" if right or (better, worse) not in EXPLAINED else f" ({EXPLAINED[better, worse]})"
+            yield _line(right, f"{metric}: {better} {pair[0]:.0%}, {worse} {pair[1]:.0%}{why}")
     plain = rows.get("none", {})
     for name, row in rows.items():
         fall = [_fall(plain, row, key) for key in ("measured", "formula")]
@@ -98,20 +103,17 @@ def lines(rows: Rows) -> Iterator[str]:
 
 
 def _half_of_the_bytes(rows: Rows) -> Iterator[str]:
-    """Query-agnostic recall at half of the bytes of float16, against the best press that keeps half."""
-    many = ("recall", "many unknown")
+    """Query-agnostic recall at half of the bytes of float16: our best against the best press."""
     ours, theirs = {}, {}
     for name, row in rows.items():
-        bits, right = value(row, ("bits", "measured")), value(row, many)
-        if bits is None or right is None or bits > 8.1:
+        bits, right = value(row, ("bits", "measured")), value(row, ("recall", "many unknown"))
+        if bits is None or right is None or bits > 8.1 or name.startswith("transformers"):
             continue
         (theirs if name.startswith("kvpress") else ours)[name] = right
-    if theirs:
-        best = max(theirs, key=lambda name: theirs[name])
-        for name, right in ours.items():
-            yield _line(
-                right >= theirs[best], f"half of the bytes, many unknown: {name} {right:.0%}, {best} {theirs[best]:.0%}"
-            )
+    if ours and theirs:
+        best, other = (max(found, key=lambda name: found[name]) for found in (ours, theirs))
+        says = f"{best} {ours[best]:.1%}, {other} {theirs[other]:.1%}"
+        yield _line(ours[best] >= theirs[other], f"half of the bytes, many unknown: {says}")
 
 
 def _corrected(rows: Rows) -> Iterator[str]:

@@ -154,8 +154,9 @@ class Geometry:
             return True
         if not self.scattered or self.compact or self.select is None:
             return False
-        again = self.select.when == "overflow" and self.select.score.by in ("stride", "random")  # who goes by positions
-        return again or self.window is not None or self.frame == "pre"
+        score = self.select.score
+        dated = score.by in ("stride", "random") or score.normalize == "count"  # who goes by positions, again and again
+        return (dated and self.select.when == "overflow") or self.window is not None or self.frame == "pre"
 
     @property
     def weighs(self) -> bool:

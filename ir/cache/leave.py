@@ -152,8 +152,9 @@ def _prompt(segments: Segments, row: int, slots: slice, positions: torch.Tensor,
     assert select is not None
     keys, values = segments.tail_k[row, :, slots], segments.tail_v[row, :, slots]
     count = site.survive(len(positions))
-    if segments.tail_mass is not None:
-        found = segments.tail_mass[row, :, slots]
+    mass = None if segments.tail_mass is None else segments.tail_mass[row, :, slots]
+    if mass is not None:
+        found = _worth(segments, row, mass, positions)
     else:
         given = _score_of_tail(segments, row, slots, used) if select.score.by == "attention" else None
         found = scores(select.score, keys, values, positions, count=count) if given is None else given
@@ -166,8 +167,8 @@ def _prompt(segments: Segments, row: int, slots: slice, positions: torch.Tensor,
         keys, values, bias = _merged(site, keys, values, positions, found, chosen)
     for body, of_body in zip(segments.bodies, _parted(site, found, chosen), strict=True):
         heads = _picked(keys, values, positions, of_body)
-        if site.running:
-            heads = [t._replace(mass=found[g, index]) for g, (t, index) in enumerate(zip(heads, of_body, strict=True))]
+        if mass is not None:
+            heads = [t._replace(mass=mass[g, index]) for g, (t, index) in enumerate(zip(heads, of_body, strict=True))]
         if bias is not None:
             heads = [t._replace(bias=bias[g, index]) for g, (t, index) in enumerate(zip(heads, of_body, strict=True))]
         body.append(row, heads)
@@ -185,7 +186,7 @@ def _profiled(segments: Segments, row: int, slots: slice, used: int, ids: Sequen
     found = profile(
         select.policy, segments.tail_q[row, :, :used], segments.tail_k[row, :, :used], at, at, special, punctuation,
         site.attention_scale, always=site.tail or 0, window=site.window, softcap=site.softcap,
-        sinks=segments.sink_logits,
+        sinks=segments.sink_logits, sums=segments.sums,
     )  # fmt: skip
     return [h.kept[(h.kept >= slots.start) & (h.kept < slots.stop)] - slots.start for h in found]
 
@@ -282,18 +283,29 @@ def _overflow(segments: Segments, row: int, slots: slice, positions: torch.Tenso
             continue
         both = [_joined(old, new) for old, new in zip(held, fresh, strict=True)]
         body.clear(row)
-        body.append(row, [_best(site, tokens) for tokens in both])
+        body.append(row, [_best(segments, row, tokens) for tokens in both])
 
 
-def _best(site: Site, tokens: Tokens) -> Tokens:
+def _best(segments: Segments, row: int, tokens: Tokens) -> Tokens:
     """The tokens of a KV head that survive an overflow."""
+    site = segments.site
     assert site.select is not None
     if tokens.mass is not None:
-        found = tokens.mass[None]
+        found = _worth(segments, row, tokens.mass[None], tokens.positions)
     else:
         found = scores(site.select.score, tokens.keys[None], tokens.values[None], tokens.positions)
     (kept,) = choose(found, site.shrunk)
     return _taken(tokens, kept)
+
+
+def _worth(segments: Segments, row: int, mass: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Attention that tokens received so far, or its mean over the queries that could see them; positions [n]."""
+    site = segments.site
+    assert site.select is not None
+    if site.select.score.normalize != "count":
+        return mass
+    asked = segments.counted[row] - positions
+    return mass / (asked if site.window is None else asked.clamp_max(site.window))
 
 
 def _weigh(segments: Segments, row: int, used: int, start: int) -> None:

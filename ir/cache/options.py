@@ -102,8 +102,8 @@ class Select:
         running = score.by == "attention" and self.when == "overflow"
         if running and (score.queries is not None or score.probes or score.pool > 1 or score.combine != "none"):
             yield "when: overflow sums the attention of all queries: queries, probes, pool and combine do not apply"
-        if running and score.normalize != "none":
-            yield f"when: overflow sums attention as it is: normalize {score.normalize} does not apply"
+        if running and score.normalize == "length":
+            yield "when: overflow sums attention, or takes its mean with normalize: count: length does not apply"
         if score.by == "centers" and self.when != "prompt":
             yield "centers are found among all tokens of a prompt: it needs when: prompt"
         if self.heads != "even" and self.when != "prompt":

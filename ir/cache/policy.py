@@ -10,7 +10,7 @@ import torch
 
 from ..errors import SmeltError
 from .choose import choose
-from .score import LOGITS, column_mass, sees
+from .score import LOGITS, Sums, column_mass, column_sums, probabilities, sees
 
 NAMES = ("special", "punctuation", "frequent", "local", "full")  # each but the last adds its tokens to those before it
 
@@ -20,10 +20,10 @@ class Policy:
     """FastGen's profile of a prompt (Model Tells You What to Discard, 2023, arXiv 2310.01801).
 
     `recover`: how much of the attention the tokens of a policy must hold, as a mean over queries, for the worst query
-    head of the KV head. The paper's test compares entries of two softmax maps; the lost mass 1 - e^(l_kept - l) needs
-    two sums per query instead. `frequent` and `local`: shares of the prompt, rounded up. The defaults 0.95 and 0.3 are
-    not verified against the paper. `queries`: newest queries that are asked (None: all; they count as profile only, the
-    frequent tokens are those of the same queries). `special`, `punctuation`: token ids of these classes.
+    head of the KV head; the paper's test compares entries of two softmax maps instead. `frequent` and `local`: shares
+    of the prompt, rounded up. The defaults 0.95 and 0.3 are not verified against the paper. `queries`: newest queries
+    that are asked (None: all; they count as profile only, the frequent tokens are those of the same queries).
+    `special`, `punctuation`: token ids of these classes.
     """
 
     recover: float = 0.95
@@ -65,12 +65,13 @@ def profile(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    sums: Sums = column_sums,
 ) -> list[Chosen]:
     """The policy of each KV head: queries q [H, n, D] at [n] over a prompt's keys k [G, S, D] at positions [S].
 
     `special` and `punctuation`, bool [S], say which tokens are of these classes; sinks may count as special. The tokens
     at a distance below `always` (the cache's tail) are read under every policy. A policy's tokens are those that the
-    newest query would read.
+    newest query would read. `sums` as in `column_mass`.
     """
     if special.shape != k_positions.shape or punctuation.shape != k_positions.shape:
         raise SmeltError(
@@ -81,7 +82,7 @@ def profile(
     q, q_positions, stored = q[:, asked], q_positions[asked], k.shape[1]
     how = (scale, window, softcap, sinks)
     frequent = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)
-    heavy = column_mass(q, k, q_positions, k_positions[None], *how, normalize="count")
+    heavy = column_mass(q, k, q_positions, k_positions[None], *how, normalize="count", sums=sums)
     for head, index in enumerate(choose(heavy, math.ceil(policy.frequent * stored - 1e-9))):
         frequent[head, index] = True
     reach = max(always, math.ceil(policy.local * stored - 1e-9))
@@ -115,26 +116,15 @@ def recovered(
 ) -> torch.Tensor:
     """The attention that P sets of tokens hold: mean over queries, least of a KV head's query heads, float32 [P, G].
 
-    Set p of a query: `columns` bool [P, G, S] and what stands at a distance below near[p]. e^(l_p - l) from two
-    log-sum-exps, over the set and over all that the query sees; `sinks` stand in both.
+    Set p of a query: `columns` bool [P, G, S] and what stands at a distance below near[p]. What queries lose is summed
+    by keys first: of each key the mass that it receives from queries for which it is not near is all that is needed.
     """
     heads, (groups, stored) = q.shape[0], k.shape[:2]
-    total = k.new_zeros(len(columns), groups, heads // groups, dtype=torch.float32)
+    lost = k.new_zeros(len(columns), groups, heads // groups, dtype=torch.float32)
     for rows in torch.arange(q.shape[1], device=q.device).split(max(1, LOGITS // max(1, heads * stored))):
-        logits = q[:, rows].float().unflatten(0, (groups, -1)) @ k.float()[:, None].mT * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        logits = logits.masked_fill(~sees(q_positions[rows], k_positions[None], window)[:, None], float("-inf"))
-        whole = _logsum(logits, sinks)
+        seen = sees(q_positions[rows], k_positions[None], window)
+        mass = probabilities(q[:, rows], k, seen, scale, softcap, sinks)  # [G, H / G, n, S]
         distance = q_positions[rows, None] - k_positions
-        for p, reach in enumerate(near):
-            held = columns[p, :, None, None, :] | (distance < reach)
-            part = _logsum(logits.masked_fill(~held, float("-inf")), sinks)
-            total[p] += torch.where(whole == float("-inf"), 1.0, torch.exp(part - whole)).sum(-1)
-    return (total / max(1, q.shape[1])).amin(-1)
-
-
-def _logsum(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Log-sum-exp of logits [G, H / G, n, S] over S, with the extra logit of each head."""
-    found = torch.logsumexp(logits, -1)
-    return found if sinks is None else torch.logaddexp(found, sinks.float().view(*logits.shape[:2], 1))
+        far = {reach: (mass * (distance >= reach)).sum(2) for reach in set(near)}
+        lost += torch.stack([(far[reach] * ~held[:, None]).sum(-1) for held, reach in zip(columns, near, strict=True)])
+    return 1 - (lost / max(1, q.shape[1])).amax(-1)

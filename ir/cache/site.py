@@ -160,6 +160,8 @@ class Site(Geometry):
             )
         if self.compact and any(tier.share is not None for tier in self.tiers):
             yield "compact keeps tokens in their order, which tiers that share them by score mix: leave one out"
+        if self.compact and self.running and self.select and self.select.score.normalize == "count":
+            yield "a mean of attention goes by how old tokens are, which compact forgets: score with normalize: none"
         if self.retrieve is None:
             return
         if not self.kept:

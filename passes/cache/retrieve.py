@@ -12,6 +12,7 @@ from ...ir.errors import SmeltError
 from ...ir.program import Program
 from .._contracts import cached_decoder, within_context
 from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._lists import lost
 from ._sites import SINK, TAIL, changed, faults
 
 
@@ -24,7 +25,8 @@ class Retrieve(Pass):
         reuse does so in `layers` only, which read everything; those behind them read the same tokens (TidalDecode).
     budget: tokens of the body that are read.
     dense_layers: first layers that read everything.
-    layers: the layers that select, for by: reuse; where windows differ, some of each kind.
+    layers: the layers that select, for by: reuse; where windows differ, some of each kind. A last one that is auto is
+        the layer behind the others with which all layers lose least attention, in the mean over sample texts.
     sink: first tokens of a sequence, which are always read.
     tail: newest tokens, which are always read.
     page: tokens of a page.
@@ -43,7 +45,7 @@ class Retrieve(Pass):
     by: Literal["pages", "scan", "reuse"] = "pages"
     budget: int = 1024
     dense_layers: int = 2
-    layers: tuple[int, ...] = ()
+    layers: tuple[int | Literal["auto"], ...] = ()
     sink: int = SINK
     tail: int = TAIL
     page: int = 16
@@ -52,8 +54,20 @@ class Retrieve(Pass):
         cache.Retrieve("pages", self.budget)
         if (self.by == "reuse") != bool(self.layers):
             raise SmeltError("by: reuse and layers, the ones that select, come together")
-        if self.layers and (tuple(sorted(set(self.layers))) != self.layers or self.layers[0] < self.dense_layers):
+        named = self._named
+        if self.layers and (not named or self.layers[: len(named)] != named or len(self.layers) > len(named) + 1):
+            raise SmeltError(f"layers may end in one auto, behind layers that are named, but are {list(self.layers)}")
+        if named and (tuple(sorted(set(named))) != named or named[0] < self.dense_layers):
             raise SmeltError(f"layers must ascend from dense_layers ({self.dense_layers}) on, not {list(self.layers)}")
+
+    @property
+    def calibration(self) -> Literal["none", "text"]:  # type: ignore[override]  # what is needed depends on the options
+        """Text where a layer is to be found."""
+        return "text" if "auto" in self.layers else "none"
+
+    @property
+    def _named(self) -> tuple[int, ...]:
+        return tuple(layer for layer in self.layers if layer != "auto")
 
     def requires(self, program: Program) -> Iterator[str]:
         """A cache plan that reads everything so far, with the layers that are named."""
@@ -68,19 +82,24 @@ class Retrieve(Pass):
                 yield f"layer {site.layer} already reads a part of its cache{since}: keep one of the two steps"
                 return
         last = sites[-1].layer
-        if self.layers and self.layers[-1] > last:
-            yield f"layers names layer {self.layers[-1]}, but the cache has the layers {sites[0].layer} to {last}"
+        named = self._named
+        if named and named[-1] > last:
+            yield f"layers names layer {named[-1]}, but the cache has the layers {sites[0].layer} to {last}"
+            return
+        if self.calibration == "text" and named[-1] == last:
+            yield f"layers: auto is a layer behind layer {last}, and the cache has none: leave it out"
+            return
         if self.dense_layers > last:
             yield f"dense_layers {self.dense_layers} leaves no layer that reads less: the cache has {len(sites)} layers"
             return
-        for site in self._sites(program.cache) if self.layers else ():
-            if site.layer not in self.layers and self._source(program.cache, site) is None:
+        for site in self._sites(program.cache) if named else ():
+            if site.layer not in named and _source(program.cache, site, named) is None:
                 yield (
                     f"layer {site.layer} sees {_seen(site)}, and no layer in front of it that selects does: name one "
-                    f"in layers, beside {', '.join(map(str, self.layers))}"
+                    f"in layers, beside {', '.join(map(str, named))}"
                 )
                 return
-        yield from faults(self._sites(program.cache), partial(self._reading, program.cache))
+        yield from faults(self._sites(program.cache), partial(self._reading, program.cache, named))
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Set what every layer behind the dense ones reads."""
@@ -88,29 +107,53 @@ class Retrieve(Pass):
         sites = self._sites(program.cache)
         skipped = {f"layer {s.layer}": "reads everything: dense_layers" for s in program.cache.sites if s not in sites}
         program.cache = changed(program.cache, program.cache.sites, self._paged)
-        program.cache = changed(program.cache, self._sites(program.cache), partial(self._reading, program.cache))
+        layers, notes = self._named, {}
+        if self.calibration == "text":
+            assert samples is not None
+            found = self._found(program, samples)
+            best = min(found, key=lambda layer: found[layer])
+            layers = (*layers, best)
+            notes = {"attention lost if it selects": {f"layer {layer}": round(x, 4) for layer, x in found.items()}}
+        reading = partial(self._reading, program.cache, layers)
+        program.cache = changed(program.cache, self._sites(program.cache), reading)
         program.touch("cache")
-        return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped)
+        return Outcome(tuple(f"layer {site.layer}" for site in sites), skipped, notes)
+
+    def _found(self, program: Program, samples: Samples) -> dict[int, float]:
+        """By layer behind the named ones, the mean over all sites of what they lose if it selects as well."""
+        assert program.cache is not None
+        plan, sites = program.cache, self._sites(program.cache)
+        choosing = [replace(site, retrieve=cache.Retrieve("dense", self.budget)) for site in sites]
+        shares = lost(program, choosing, samples)
+        found = {}
+        for site in sites:
+            if site.layer > self._named[-1]:
+                layers = (*self._named, site.layer)
+                readers = [(_source(plan, reader, layers), reader.layer) for reader in sites]
+                wanting = [shares.get((s, at), 1.0) for s, at in readers if s is not None and at not in layers]
+                found[site.layer] = sum(wanting) / len(plan.sites)
+        return found
 
     def _sites(self, plan: cache.CachePlan) -> list[cache.Site]:
-        first = self.layers[0] if self.layers else self.dense_layers
+        first = self._named[0] if self.layers else self.dense_layers
         return [site for site in plan.sites if site.layer >= first]
 
     def _paged(self, site: cache.Site) -> cache.Site:
         return site if site.tail is not None else replace(site, sink=self.sink, tail=self.tail, page=self.page)
 
-    def _reading(self, plan: cache.CachePlan, site: cache.Site) -> cache.Site:
+    def _reading(self, plan: cache.CachePlan, layers: tuple[int, ...], site: cache.Site) -> cache.Site:
         if self.by != "reuse":
             read = cache.Retrieve(self.by, self.budget)
-        elif site.layer in self.layers:
+        elif site.layer in layers:
             read = cache.Retrieve("dense", self.budget)
         else:
-            read = cache.Retrieve("reuse", self.budget, self._source(plan, site))
+            read = cache.Retrieve("reuse", self.budget, _source(plan, site, layers))
         return replace(self._paged(site), retrieve=read)
 
-    def _source(self, plan: cache.CachePlan, site: cache.Site) -> int | None:
-        """The last layer in front of a site that selects and sees the same tokens, or None."""
-        return max((at for at in self.layers if at < site.layer and plan[at].window == site.window), default=None)
+
+def _source(plan: cache.CachePlan, site: cache.Site, layers: tuple[int, ...]) -> int | None:
+    """The last of `layers` in front of a site that sees the same tokens, or None."""
+    return max((at for at in layers if at < site.layer and plan[at].window == site.window), default=None)
 
 
 def _seen(site: cache.Site) -> str:

@@ -20,6 +20,7 @@ SITES = {
     "adaptive": replace(BASE, select=Select(ATTENTION, 0.5, when="prompt", heads="adaptive"), frame="pre"),
     "policy": replace(BASE, select=Select(ATTENTION, when="prompt", heads="policy", policy=Policy(0.8))),
     "heavy": replace(BASE, window=1000, select=Select(Score("attention", reduce="sum"), budget=16, when="overflow")),
+    "means": replace(BASE, select=Select(Score(reduce="sum", normalize="count"), budget=16, when="overflow")),
     "norms": replace(BASE, select=Select("key_norm", 0.5, 16, "overflow")),
     "centers": replace(BASE, select=Select("centers", 0.5, when="prompt"), window=50),
     "tiers": replace(
@@ -158,9 +159,10 @@ def test_a_prompt_keeps_what_its_last_queries_attend_to():
     assert held.shape == (2, 8)
 
 
-def test_heavy_hitters_are_those_of_the_running_sum():
-    """Token by token with a plain softmax over what is stored: the sums that decide are the same."""
-    site = SITES["heavy"]
+@pytest.mark.parametrize("name", ["heavy", "means"])
+def test_heavy_hitters_are_those_of_the_running_sum(name):
+    """Token by token with a plain softmax over what is stored: the sums, or means, that decide are the same."""
+    site = SITES[name]
     q, k, _ = tokens = data(site)
     cache = prompted(site, tokens, 30)
     stored = {g: list(range(30)) for g in (0, 1)}
@@ -174,7 +176,8 @@ def test_heavy_hitters_are_those_of_the_running_sum():
 
     def shrink(g: int, length: int) -> None:
         body = [t for t in stored[g] if 2 <= t < length - 8]
-        best = sorted(body, key=lambda t: -float(mass[g, t]))[:16] if len(body) > 16 else body
+        best = sorted(body, key=lambda t: -float(mass[g, t]) / (length - t if name == "means" else 1))
+        best = best[:16] if len(body) > 16 else body
         stored[g] = [t for t in stored[g] if t < 2 or t >= length - 8 or t in best]
 
     for at in range(30):
@@ -532,6 +535,7 @@ def test_a_site_survives_json():
             {"tiers": (Tier(share=0.5),), "select": Select("key_norm"), "frame": "pre", "compact": True},
             "tiers that share them by score mix",
         ),
+        ({"select": SITES["means"].select, "frame": "pre", "compact": True}, "which compact forgets"),
         ({"retrieve": Retrieve("pages", 8), "select": Select("recency", budget=0)}, "nothing survives beyond the tail"),
     ],
 )

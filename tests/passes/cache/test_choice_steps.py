@@ -11,6 +11,7 @@ from smelt.ir.encoding import Affine, parse
 from smelt.ir.errors import SmeltError
 from smelt.passes.base import Samples
 from smelt.passes.cache.encode import Encode
+from smelt.passes.cache.insert import Insert
 from smelt.passes.cache.merge import Merge as Merges
 from smelt.passes.cache.predict import Predict as Predicts
 from smelt.passes.cache.retrieve import Retrieve as Retrieves
@@ -143,9 +144,46 @@ def test_a_list_is_reused_behind_the_layer_that_makes_it(cached):
     assert {(site.sink, site.tail, site.page) for site in cached.cache.sites} == {(2, 32, 32)}
 
 
+@pytest.fixture(scope="module")
+def paired():
+    """Five layers on one input, as all of them write zeros: 0, 1 and 3 attend alike, and so do 2 and 4."""
+    transformers = pytest.importorskip("transformers")
+    from smelt.ir.capture.hf import capture_hf
+
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=64, vocab_size=97, max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    kinds = [[torch.randn_like(p) * 0.3 for p in model.model.layers[0].self_attn.parameters()] for _ in range(2)]
+    for layer, kind in zip(model.model.layers, (0, 0, 1, 0, 1), strict=True):
+        for parameter, data in zip(layer.self_attn.parameters(), kinds[kind], strict=True):
+            parameter.data = data.clone()
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    program = capture_hf(model)
+    Insert("float32").apply(program, None)
+    return program
+
+
+def test_the_layer_whose_list_serves_those_behind_it_is_found(paired, tokens):
+    step = Retrieves("reuse", 16, dense_layers=0, layers=(0, "auto"), tail=16, page=16)
+    texts, program = Samples(tokens(6, 128)), paired.fork()  # joined to texts of 256 tokens
+    lost = run(step, program, texts).notes["attention lost if it selects"]
+    # layer 1: 2 and 4 read another kind's list; layer 2: 3 does; layer 3: 2 and 4 do; layer 4: 2 does
+    assert min(lost, key=lost.get) == "layer 2" and lost["layer 1"] == max(lost.values())
+    by = [None if site.retrieve is None else (site.retrieve.by, site.retrieve.source) for site in program.cache.sites]
+    assert by == [("dense", None), ("reuse", 0), ("dense", None), ("reuse", 2), ("reuse", 2)]
+    assert step.calibration == "text" and Retrieves("reuse", 16, 0, (0, 2)).calibration == "none"
+    with pytest.raises(SmeltError, match="compares lists on texts of 55 tokens, of which 52 are always read"):
+        step.apply(paired.fork(), Samples(tokens(1, 55)))
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
+        (Retrieves("reuse", 64, 0, (1, "auto")), "auto is a layer behind layer 1, and the cache has none"),
         (Retrieves(budget=64), "dense_layers 2 leaves no layer that reads less: the cache has 2 layers"),
         (Retrieves("reuse", 64, 0, (0, 7)), "layers names layer 7, but the cache has the layers 0 to 1"),
         (Retrieves(budget=8, dense_layers=0), "a budget of 8 tokens does not read one page of 16"),
@@ -161,6 +199,7 @@ def test_what_reading_needs_says_so(cached):
         ({"budget": 0}, "reads nothing of the body"),
         ({"by": "reuse"}, "by: reuse and layers"),
         ({"by": "reuse", "layers": (1,)}, "layers must ascend from dense_layers"),
+        ({"by": "reuse", "layers": ("auto",), "dense_layers": 0}, "layers may end in one auto, behind layers that"),
     ):
         with pytest.raises(SmeltError, match=message):
             Retrieves(**options)
