@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 
 import torch
+
+from ..ir.weight import Weight
 
 PAGE = 1 << 21
 BLOCK = 16 * PAGE
@@ -18,6 +21,13 @@ class Arena:
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8)
         self._taking = threading.Lock()
+        self._packed: dict[Weight, list[torch.Tensor]] = {}
+
+    def packed(self, weight: Weight, pack: Callable[[Weight], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """What `pack` makes of a weight, once for all plans that share the arena."""
+        if weight not in self._packed:
+            self._packed[weight] = pack(weight)
+        return self._packed[weight]
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, contiguous at a place of its own."""

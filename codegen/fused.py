@@ -117,13 +117,12 @@ class ProductKernel:
     @cached_property
     def _packed(self) -> dict[fx.Node, list[torch.Tensor]]:
         """The parts of every product's weight, interleaved; what stays in its order stays where it is."""
-        out = {}
-        for node in (node for chain in self.region.chains for node in chain.products):
-            weight = self._weight(node)
-            expr = weight.encoding.expr((None, loops.K))
-            packed = interleave.pack(expr, weight.parts, weight.shape[0], self.arena.hold)
-            out[node] = list(packed.values())
-        return out
+        nodes = (node for chain in self.region.chains for node in chain.products)
+        return {node: self.arena.packed(self._weight(node), self._pack) for node in nodes}
+
+    def _pack(self, weight: Weight) -> list[torch.Tensor]:
+        expr = weight.encoding.expr((None, loops.K))
+        return list(interleave.pack(expr, weight.parts, weight.shape[0], self.arena.hold).values())
 
     def bind(self, value: Value, outs: Mapping[fx.Node, torch.Tensor]) -> Call:
         """A call that writes every chain's output, contiguous."""

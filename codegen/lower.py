@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import fx
 
+from ..ir.blocks import stages
 from ..ir.cache import Site
 from ..ir.errors import SmeltError
 from ..ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, HEAD, LINEAR, OPS, arguments
@@ -37,6 +38,11 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
         from .lower_triton import lower_triton  # a CPU need not import what is for GPUs
 
         return lower_triton(program, fallback)
+    return _lower(program, target, fallback, Arena())
+
+
+def _lower(program: Program, target: Target, fallback: bool, arena: Arena) -> Plan:
+    """The plan of a program whose weights, once they are packed, lie in `arena`."""
     choices: dict[str, Choice] = {}
     encoded: dict[str, tuple[str, ...]] = {}
     regions = fuse(program.graph, program.weights, partial(_refused, program)) if target == "cpp" else []
@@ -49,10 +55,10 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
                 encoded[node.name] = takes_encoded(node)
     if not fallback:
         refuse_fallbacks(program, target, choices)
-    arena = Arena()
-    draft = None if program.draft is None else lower(program.draft, target, fallback)
+    draft = None if program.draft is None else _lower(program.draft, target, fallback, arena)
+    shallow = tuple(_lower(stage, target, fallback, arena) for stage in stages(program))
     kernels = tuple((region, _fused(region, program, arena)) for region in regions)
-    return Plan(program, target, choices, encoded, kernels, draft=draft)
+    return Plan(program, target, choices, encoded, kernels, draft=draft, stages=shallow)
 
 
 def _refused(program: Program, node: fx.Node, width: int | None) -> str | None:

@@ -8,10 +8,12 @@ from functools import cache, partial
 import torch
 from torch import fx
 
+from ..ir.blocks import stages
 from ..ir.cache import Site
 from ..ir.errors import SmeltError
 from ..ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, HEAD, LINEAR, OPS, QUANTIZED, RMS_NORM, arguments
 from ..ir.program import Program
+from ..ir.weight import Weight
 from . import attention_triton
 from .attention_triton import TritonAttention
 from .chains_triton import ProductsKernel, covers
@@ -33,13 +35,23 @@ def lower_triton(program: Program, fallback: bool = True) -> Plan:
     """The plan of `program` for target triton; its weights go to the device as they are stored, when first read."""
     to = likely()
     program = replace(program, weights={name: placed(weight, to) for name, weight in program.weights.items()})
+    return _lower(program, fallback, to, {}, {})
+
+
+def _lower(
+    program: Program,
+    fallback: bool,
+    to: torch.device,
+    products: dict[Product, TritonProduct],
+    stacked: dict[tuple[str, ...], Weight],
+) -> Plan:
+    """The plan of a program on the device; the stages of its depth plan share compiled products and weights with it."""
     regions = [
         with_norm(r) if r.kind == "product" else r
         for r in fuse(program.graph, program.weights, partial(_refused, program))
     ]
-    products: dict[Product, TritonProduct] = {}
     kernels: list[tuple[Region, RegionKernel]] = [
-        (r, ProductsKernel(r, program.weights, products) if isinstance(r, Fused) else PointwiseKernel(r))
+        (r, ProductsKernel(r, program.weights, products, stacked) if isinstance(r, Fused) else PointwiseKernel(r))
         for r in regions
     ]
     sites: dict[Site, TritonAttention] = {}
@@ -57,7 +69,8 @@ def lower_triton(program: Program, fallback: bool = True) -> Plan:
     if not fallback:
         refuse_fallbacks(program, "triton", choices)
     draft = None if program.draft is None else lower_triton(program.draft, fallback)
-    return Plan(program, "triton", choices, encoded, tuple(kernels), to, draft)
+    shallow = tuple(_lower(stage, fallback, to, products, stacked) for stage in stages(program))
+    return Plan(program, "triton", choices, encoded, tuple(kernels), to, draft, shallow)
 
 
 def holds_up(plan: Plan) -> str | None:

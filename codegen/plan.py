@@ -68,6 +68,7 @@ class Plan:
     regions: tuple[tuple[Region, Any], ...] = ()  # each with its kernel
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # a device never changes
     draft: Plan | None = None  # of the program's draft model
+    stages: tuple[Plan, ...] = ()  # of the program's depth plan, over the same cache and packed weights
 
     def kernels(self) -> list[dict[str, Any]]:
         """One row a node: node, kernel, why, fallback, source; for `lm.kernels` and `smelt inspect`."""

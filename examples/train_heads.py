@@ -11,7 +11,7 @@ options = parser.parse_args()
 
 text = [inspect.getsource(module) for module in (argparse, inspect)]  # any text will do: yours is better
 lm = smelt.compile(
-    smelt.reference_model(), "medusa-heads", calibration=text, overrides=[f"train.heads.steps={options.steps}"]
+    smelt.reference_model(), "medusa-heads", train=text, overrides=[f"train.heads.steps={options.steps}"]
 )
 print(lm.report)
 

@@ -1,4 +1,4 @@
-"""The Program: what is being compiled. A graph over the dialect, its weights, its plans for cache and decoding."""
+"""The Program: what is being compiled. A graph over the dialect, its weights, and its plans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 from torch import fx
 
 from .cache.plan import CachePlan
+from .choice import ChoicePlan
 from .decode import DecodePlan
+from .depth import DepthPlan
 from .errors import SmeltError, nearest
 from .weight import Weight
 
@@ -43,9 +45,11 @@ class Program:
     facts: dict[str, Any] = field(default_factory=dict)
     cache: CachePlan | None = None
     decode: DecodePlan | None = None
+    choice: ChoicePlan | None = None
+    depth: DepthPlan | None = None  # which of its blocks run for what token
     draft: Program | None = None  # a smaller decoder of the same tokens, which drafts for this one
     history: tuple[Record, ...] = ()
-    origin: dict[str, Record] = field(default_factory=dict)  # the step that last changed a weight, `cache` or `decode`
+    origin: dict[str, Record] = field(default_factory=dict)  # the step that last changed a weight or a plan
     touched: set[str] = field(default_factory=set)  # what the running pass changed; the manager turns it into origins
 
     def fork(self) -> Program:
@@ -99,7 +103,7 @@ class Program:
         return self.graph.create_node("get_attr", name)
 
     def touch(self, *names: str) -> None:
-        """Say that the running pass changes these weights, or `cache`, `decode` or `draft`."""
+        """Say that the running pass changes these weights, or `cache`, `decode`, `choice` or `draft`."""
         self.touched.update(names)
 
     def changed_by(self, name: str) -> str:

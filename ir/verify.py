@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 from torch import fx
 
+from .blocks import blocks
 from .cache.plan import Site
 from .decode import Heads, Model, Recycle
 from .encoding import Dense
@@ -28,8 +29,8 @@ def verify(program: Program) -> None:
 
     A Program holds a well-formed graph of ATen and dialect calls that write nothing in place, returns named tensors,
     reads every weight it carries, stores each weight as its encoding says, and has for each cache site exactly one
-    `cached_attention` of its geometry. Its decode plan finds the outputs that it drafts from, and
-    its draft model holds all this too.
+    `cached_attention` of its geometry. Its decode plan finds the outputs that it drafts from, its choice
+    plan those that it reads, its depth plan the blocks that it leaves out, and its draft model holds all this too.
     """
     _graph(program)
     _weights(program)
@@ -42,6 +43,8 @@ def verify(program: Program) -> None:
     if program.draft is not None:
         verify(program.draft)
     _decode(program)
+    _choice(program)
+    _depth(program)
 
 
 def _refuse(program: Program, fault: str) -> NoReturn:
@@ -176,6 +179,56 @@ def _decode(program: Program) -> None:
             _heads(program, draft, vocabulary)
 
 
+def _choice(program: Program) -> None:
+    """A search finds the outputs that it reads, and does not meet a drafter."""
+    plan = program.choice
+    if plan is None or plan.search is None:
+        return
+    if program.decode is not None:
+        _refuse(program, f"choice plan: {plan.name} search chooses without drafts, but there is a decode plan")
+    if program.depth is not None:
+        _refuse(program, f"choice plan: {plan.name} search looks ahead, where other blocks may be left out: drop one")
+    if "logits" not in program.outputs:
+        _refuse(program, f"choice plan: {plan.name} search reads the output 'logits', which is missing")
+    logits = program.outputs["logits"].meta["shape"]
+    for name in plan.search.inputs:
+        if name not in program.inputs:
+            _refuse(program, f"choice plan: {plan.name} search writes the input '{name}', which is missing")
+    for name in plan.search.outputs:
+        if name not in program.outputs:
+            _refuse(program, f"choice plan: {plan.name} search reads the output '{name}', which is missing")
+        shape = program.outputs[name].meta["shape"]
+        if len(shape) != 3 or not same_shape(shape[:2], logits[:2]):
+            _refuse(program, f"choice plan: the output '{name}' is {shown(shape)}, it must be [B, T, width]")
+
+
+def _depth(program: Program) -> None:
+    """A depth plan leaves out blocks that are there and that no other layer's cache needs, and meets no drafts."""
+    if program.draft is not None and program.draft.depth is not None:
+        _refuse(program, f"the draft model {program.draft.name} leaves blocks out by position, which no draft may")
+    plan = program.depth
+    if plan is None:
+        return
+    if program.cache is None:
+        _refuse(program, "depth plan: only steps over a cache leave blocks out, and there is no cache plan")
+    if program.decode is not None:
+        _refuse(
+            program,
+            f"blocks are left out by a token's position{program.changed_by('decode')}, and drafted tokens of one step "
+            f"stand at several: drop the drafter ({program.decode.drafter}) or the depth plan",
+        )
+    found = {(block.kind, block.layer) for block in blocks(program)}
+    for stage in plan.stages:
+        asked = {("attention", layer) for layer in stage.attention} | {("feedforward", n) for n in stage.feedforward}
+        if missing := sorted(asked - found):
+            kind, layer = missing[0]
+            _refuse(program, f"depth plan: there is no {kind} of layer {layer} that could be left out")
+        if not found - asked:
+            _refuse(program, f"depth plan: nothing is left to run from token {stage.start} on")
+    for fault in plan.faults(program.cache):
+        _refuse(program, f"depth plan: {fault}")
+
+
 def _draft_model(program: Program, vocabulary: Any) -> None:
     """There is a decoder of the same tokens that drafts."""
     if program.draft is None or program.draft.cache is None or "logits" not in program.draft.outputs:
@@ -183,6 +236,9 @@ def _draft_model(program: Program, vocabulary: Any) -> None:
     words = program.draft.outputs["logits"].meta["shape"][-1]
     if words != vocabulary:
         _refuse(program, f"decode plan: the draft model has {words} tokens, the model {vocabulary}")
+    for name in program.draft.inputs:
+        if name not in ("tokens", "positions", *program.outputs):
+            _refuse(program, f"decode plan: the draft model reads '{name}', which is no output of the model")
 
 
 def _heads(program: Program, draft: Heads, vocabulary: Any) -> None:

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..ir.program import Program
 
-Effect = Literal["numerics", "shapes", "encodings", "cache", "decode", "outputs"]
+Effect = Literal["numerics", "shapes", "encodings", "cache", "decode", "choice", "outputs"]
 
 
 class Exactness(StrEnum):
@@ -24,11 +25,29 @@ class Exactness(StrEnum):
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    """Where trainings leave their state: `folder`, or with `keyed` a folder in it, named by what decides each."""
+
+    folder: Path
+    keyed: bool = False
+
+
+@dataclass(frozen=True)
 class Samples:
-    """Calibration data as tokens int64 [N, T]; `progress(done, total, what)` is called by long passes."""
+    """Calibration data as tokens int64 [N, T]; `progress(done, total, what)` is called by long passes.
+
+    training: tokens to train on, [N, T] as well. checkpoints: where trainings can be taken up again; None: nowhere.
+    """
 
     tokens: torch.Tensor
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
+    training: torch.Tensor | None = None
+    checkpoints: Checkpoints | None = None
+
+    @property
+    def lessons(self) -> torch.Tensor:
+        """What is trained on: the training text, else the calibration text."""
+        return self.tokens if self.training is None else self.training
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ class _Run:
         if after.cache != before.cache and (shallow := self.witness.shallow(after)):
             attempt.remarks["probe"] = shallow
         exact = attempt.step.pass_.exactness is Exactness.EXACT
-        if attempt.divergence is None or not (exact or effects <= {"decode", "outputs"}):
+        if attempt.divergence is None or not (exact or effects <= {"decode", "choice", "outputs"}):
             return
         error = attempt.divergence.max_error
         if error > TOLERANCE and not self.witness.same_on_dense_cache(before, after):
@@ -260,8 +260,10 @@ def _changes(before: Program, after: Program) -> Iterator[str]:
     """Which of the effects that can be told without running anything took place."""
     if before.cache != after.cache:
         yield "cache"
-    if before.decode != after.decode:
+    if before.decode != after.decode or before.depth != after.depth:
         yield "decode"
+    if before.choice != after.choice:
+        yield "choice"
     if before.outputs.keys() != after.outputs.keys():
         yield "outputs"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from ..ir.blocks import stages
 from ..ir.cache import Cache
 from ..ir.cache.chunks import readings
 from ..ir.errors import SmeltError
@@ -51,8 +52,9 @@ def replay(program: Program, tokens: torch.Tensor, prefix: int, chunk: int = 1) 
     """Logits [B, T - prefix, V] that a decoder gives to the tokens [B, T] behind `prefix` of them, teacher-forced.
 
     With a cache plan, `prefix` tokens are the prompt and the rest arrive through the cache, at most `chunk` a step and
-    never more than the cache takes before a page leaves, so that `chunk` decides the time and not the result. Without
-    one, the same rows of a plain forward. Row i stands behind token prefix + i and predicts the next.
+    never more than the cache takes before a page leaves or a stage of the depth plan begins, so that `chunk` decides
+    the time and not the result. Without one, the same rows of a plain forward. Row i stands behind token prefix + i and
+    predicts the next.
     """
     batch, length = tokens.shape
     if not 0 <= prefix < length:
@@ -63,11 +65,12 @@ def replay(program: Program, tokens: torch.Tensor, prefix: int, chunk: int = 1) 
     if program.cache is None:
         return interpret(program, {"tokens": tokens, "positions": positions})["logits"][:, prefix:]
     cache = Cache(program.cache, batch, length, scratch=chunk)
+    depth, programs = program.depth, [program, *stages(program)]
 
-    def read(new: torch.Tensor) -> torch.Tensor:
+    def read(new: torch.Tensor, stage: int = 0) -> torch.Tensor:
         places = positions[:, cache.lengths[0] :][:, : new.shape[1]]
         cache.begin(places, tokens=new)
-        logits: torch.Tensor = interpret(program, {"tokens": new, "positions": places}, cache)["logits"]
+        logits: torch.Tensor = interpret(programs[stage], {"tokens": new, "positions": places}, cache)["logits"]
         cache.commit([list(range(new.shape[1]))] * batch)
         return logits
 
@@ -77,7 +80,10 @@ def replay(program: Program, tokens: torch.Tensor, prefix: int, chunk: int = 1) 
     cache.end_prefill()
     rows = []
     while (at := cache.lengths[0]) < length:
-        rows.append(read(tokens[:, at : at + min(chunk, length - at, *cache.room())]))
+        left = min(chunk, length - at, *cache.room())
+        if depth is not None:
+            left = min(left, depth.left(at - prefix) or left)
+        rows.append(read(tokens[:, at : at + left], depth.at(at - prefix) if depth is not None else 0))
     return torch.cat(rows, 1)
 
 

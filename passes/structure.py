@@ -13,10 +13,10 @@ from ..ir.program import Program
 def same_computation(before: Program, after: Program) -> bool:
     """Whether `after` computes the logits of `before` by the same ops from the same weights and cache plan.
 
-    Every output counts where none is called logits. Names of nodes and weights, dead nodes and further outputs do not
-    count; a weight is the same when it is the same object.
+    Every output counts where none is called logits, and so does the depth plan. Names of nodes and weights, dead nodes
+    and further outputs do not count; a weight is the same when it is the same object.
     """
-    if before.cache != after.cache:
+    if before.cache != after.cache or before.depth != after.depth:
         return False
     table: dict[Hashable, int] = {}
     mine, others = _outputs(before, table, by_name=False), _outputs(after, table, by_name=False)

@@ -11,7 +11,7 @@ from ..ir.errors import SmeltError
 from ..passes import Pass
 from .document import dump
 
-Family = Literal["weights", "prune", "cache", "decode", "tokens", "attention", "train", "deploy", "baseline"]
+Family = Literal["weights", "prune", "cache", "decode", "tokens", "sample", "attention", "train", "deploy", "baseline"]
 FAMILIES: tuple[str, ...] = get_args(Family)
 
 

@@ -15,6 +15,8 @@ import torch
 
 from ..ir.decode import Accept, DecodePlan, KSequential, Merge, Near, Proposal, Reject, Trust, Typical
 from . import noise
+from .guide import Guide
+from .reject import choose_tested
 from .sampling import Sampling, choose
 from .trees import Below
 
@@ -26,12 +28,24 @@ COINS, REST = 0x5EED_C011, 0x5EED_4E57  # streams of noise: for accepting, for w
 
 @dataclass(frozen=True)
 class Standing:
-    """Where rows stand in their walk: processed logits [R, V], request ids [R], positions [R] of the tokens to come."""
+    """Where rows stand in their walk: processed logits [R, V], request ids [R], positions [R] of the tokens to come.
+
+    `guides` [R]: what tokens are tested against one by one, as the logits are not masked; only `Walker` does so.
+    """
 
     processed: torch.Tensor
     sampling: Sampling
     requests: torch.Tensor
     positions: torch.Tensor
+    guides: Sequence[Guide] | None = None
+
+    def chosen(self) -> list[int]:
+        """What plain decoding chooses."""
+        keys = self.processed, self.sampling, self.requests, self.positions
+        if self.guides is not None:
+            return choose_tested(*keys, self.guides)
+        plain: list[int] = choose(*keys).tolist()
+        return plain
 
     def law(self, row: int) -> torch.Tensor:
         """The model's law, float64 [V]; all on the likeliest token when greedy."""
@@ -90,8 +104,7 @@ class Walker:
 
     def behind(self, at: Standing, drafted: Sequence[Below], paths: Sequence[Sequence[int]]) -> list[Came]:
         """See `Acceptor`."""
-        chosen = choose(at.processed, at.sampling, at.requests, at.positions).tolist()
-        return [(token, _node(below, token)) for token, below in zip(chosen, drafted, strict=True)]
+        return [(token, _node(below, token)) for token, below in zip(at.chosen(), drafted, strict=True)]
 
 
 class Truster:

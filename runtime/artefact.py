@@ -30,6 +30,7 @@ FORMAT = 1
 MANIFEST, SEAL, PROGRAM, WEIGHTS = "manifest.json", "manifest.sha256", "program.txt", "weights.safetensors"
 TABLES = "cache.safetensors"  # calibrated tables of the cache's encodings
 DRAFTS = "decode.safetensors"  # tables of drafters
+CHOICES = "choice.safetensors"  # tables of searches
 DRAFT = "draft."  # begins the names of a draft model's files
 
 
@@ -103,6 +104,10 @@ def _program(folder: Path, manifest: Mapping[str, Any], weights: Mapping[str, We
         if program.decode is None:
             raise SmeltError(f"{folder / name}: holds tables of a drafter that the program does not have")
         program.decode = program.decode.with_tables(load_file(folder / name))
+    if (name := lead + CHOICES) in manifest["files"]:
+        if program.choice is None:
+            raise SmeltError(f"{folder / name}: holds tables of a search that the program does not have")
+        program.choice = program.choice.with_tables(load_file(folder / name))
     return program
 
 
@@ -172,6 +177,8 @@ def _write_program(folder: Path, program: Program, lead: str, shared: Mapping[in
         save_file(dict(program.cache.tables), folder / f"{lead}{TABLES}")
     if program.decode is not None and program.decode.tables:
         save_file(dict(program.decode.tables), folder / f"{lead}{DRAFTS}")
+    if program.choice is not None and program.choice.tables:
+        save_file(dict(program.choice.tables), folder / f"{lead}{CHOICES}")
     (folder / f"{lead}{PROGRAM}").write_text(print_program(program), encoding="utf-8")
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
+from ..ir.choice import Constrain
 from ..ir.errors import SmeltError
+from .align import Aligned, Alignment
+from .guide import Guide, brief
+from .reject import Tested
+
+__all__ = ["NAMES", "Constraint", "Guide", "Kind", "constraint"]
 
 Kind = Literal["json_schema", "regex", "grammar"]
 NAMES: dict[Kind, str] = {"json_schema": "the JSON schema", "regex": "the regular expression", "grammar": "the grammar"}
@@ -26,6 +29,8 @@ NAMES: dict[Kind, str] = {"json_schema": "the JSON schema", "regex": "the regula
 class Constraint:
     """`json_schema`: text of a schema (draft 2020-12); `regex`: in Rust's syntax; `grammar`: in Lark's, from `start`.
 
+    `by`: `mask` takes what may not follow out of the law; `align` also weighs what may, so that answers tend to the
+    model's law given the grammar (`align.py`); `reject` makes the choices of `mask` and tests few tokens (`reject.py`).
     Raises SmeltError where the text is none, or admits no answer at all.
     """
 
@@ -35,17 +40,27 @@ class Constraint:
     """The text of tokenizer.json."""
     vocabulary: int
     eos: int
+    by: Constrain = "mask"
+    alignment: Alignment | None = field(default=None, compare=False)
+    """What `align` learns from and adds to."""
 
-    def guide(self) -> Guide:
-        """A fresh one, for one row."""
+    def guide(self, prompt: Sequence[int] = ()) -> Guide:
+        """A fresh one, for one row that continues this prompt."""
         engine = _engine()
         made = engine.LLMatcher(_tokenizer(self.tokenizer, self.vocabulary, self.eos), self._grammar)
         if said := made.get_error():
-            raise SmeltError(f"generate: {NAMES[self.kind]} cannot be used: {_brief(said)}")
-        guide = Guide(made, self.vocabulary)
+            raise SmeltError(f"generate: {NAMES[self.kind]} cannot be used: {brief(said)}")
+        guide = self._holding(made, prompt)
         if not guide.allowed.any() or (made.is_stopped() and not made.is_accepting()):
             raise SmeltError(f"generate: {NAMES[self.kind]} admits no answer: no token may begin one")
         return guide
+
+    def _holding(self, matcher: Any, prompt: Sequence[int]) -> Guide:
+        if self.by == "reject":
+            return Tested(matcher, self.vocabulary)
+        if self.alignment is None:
+            return Guide(matcher, self.vocabulary)
+        return Aligned(matcher, self.vocabulary, self.alignment, (self.kind, self.text, self.eos, *prompt))
 
     @cached_property
     def _grammar(self) -> str:
@@ -58,44 +73,22 @@ class Constraint:
         try:
             found: str = make(self.text)
         except ValueError as fault:
-            raise SmeltError(f"generate: {NAMES[self.kind]} cannot be used: {_brief(str(fault))}") from fault
+            raise SmeltError(f"generate: {NAMES[self.kind]} cannot be used: {brief(str(fault))}") from fault
         return found
 
 
-class Guide:
-    """Where one row stands in its grammar."""
-
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
-
-    @property
-    def allowed(self) -> torch.Tensor:
-        """bool [V]: the tokens that may follow."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        flags = np.unpackbits(bits, count=self._vocabulary, bitorder="little")
-        return torch.from_numpy(flags.astype(bool))
-
-    @property
-    def over(self) -> bool:
-        """Whether the answer is complete and nothing but an end may follow."""
-        if not self._matcher.is_stopped():
-            return False
-        if not self._matcher.is_accepting():
-            raise SmeltError(f"generate: the grammar leads nowhere from here: {_brief(self._matcher.get_error())}")
-        return True
-
-    def take(self, token: int) -> None:
-        """The row's next token."""
-        if not self._matcher.consume_token(token):
-            raise SmeltError(f"generate: token {token} is outside of the grammar: {self._matcher.get_error()}")
-
-
 def constraint(
-    given: Mapping[Kind, Any], tokenizer: bytes | None, vocabulary: int, eos: Sequence[int]
+    given: Mapping[Kind, Any],
+    tokenizer: bytes | None,
+    vocabulary: int,
+    eos: Sequence[int],
+    by: Constrain = "mask",
+    alignment: Alignment | None = None,
 ) -> Constraint | None:
     """The constraint among the options of a call, of which there may be one; None without.
 
     tokenizer: the content of tokenizer.json, if there is one. eos: the tokens that end an answer, the first counts.
+    by: how answers are held to it; `align` takes an alignment.
     """
     named = {kind: value for kind, value in given.items() if value is not None}
     if not named:
@@ -112,7 +105,8 @@ def constraint(
         raise SmeltError(f"generate: {kind} must be text, not {type(value).__name__}")
     if tokenizer is None or not eos:
         raise SmeltError("generate: a constraint needs the model's tokenizer and its end token")
-    return Constraint(kind, value, tokenizer.decode("utf-8"), vocabulary, eos[0])
+    held = alignment if by == "align" else None
+    return Constraint(kind, value, tokenizer.decode("utf-8"), vocabulary, eos[0], by, held)
 
 
 def _engine() -> Any:
@@ -128,7 +122,3 @@ def _engine() -> Any:
 @lru_cache(maxsize=4)
 def _tokenizer(text: str, vocabulary: int, eos: int) -> Any:
     return _engine().LLTokenizer(text, n_vocab=vocabulary, eos_token=eos)
-
-
-def _brief(said: str) -> str:
-    return " ".join(line.strip() for line in said.splitlines() if line.strip())[:300]

@@ -8,8 +8,7 @@ of steps and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import closing
 
 import torch
 
@@ -18,39 +17,14 @@ from .accept import Standing, Walker, acceptor
 from .constraint import Constraint
 from .drafters.base import Drafted, Drafter, Verified
 from .drafters.make import Setting, drafter
-from .sampling import Context, Sampling, choose, not_finite
+from .sampling import Sampling, not_finite
 from .session import Draw, Session
 from .trees import Trees
+from .writer import Limits, Writer, one_thread
 
 
-@dataclass
-class Row:
-    """One sequence: its prompt, what was generated, and why it ended (eos, grammar, length, stop) if it has."""
-
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a row ends: after `new_tokens`, or at one of `eos`."""
-
-    new_tokens: int
-    eos: frozenset[int] = frozenset()
-
-
-@dataclass
-class Counts:
-    """What a generation took: model steps after the prompt, and tokens that they committed."""
-
-    steps: int = 0
-    tokens: int = 0
-
-
-class Decoding:
-    """One generation over a batch of prompts; iterate `run()` for (row, new tokens) as they are decided."""
+class Decoding(Writer):
+    """Draws from the model's law, a token a step or as many as of a draft are accepted."""
 
     def __init__(
         self,
@@ -64,35 +38,36 @@ class Decoding:
         constraint: Constraint | None = None,
     ) -> None:
         """`requests`: ids that key each row's noise, its row number by default. `step_done` is called after a step."""
+        super().__init__(session, prompts, sampling, limits, requests, step_done, constraint)
         program = session.plan.program
-        self.session, self.sampling, self.limits, self.step_done = session, sampling, limits, step_done
-        self.rows = [Row(list(prompt)) for prompt in prompts]
-        self.counts = Counts()
-        vocabulary = int(program.facts["vocabulary"])
-        self._check(vocabulary, requests)
-        self._requests = torch.tensor(list(range(len(self.rows)) if requests is None else requests))
         plan = program.decode if speculate else None
         if plan is not None and plan.limit(sampling.greedy) == 0:
             plan = None
         setting = Setting(session, sampling, self._requests)
-        self.drafter: Drafter | None = drafter(plan, vocabulary, setting) if plan else None
+        self.drafter: Drafter | None = drafter(plan, self.vocabulary, setting) if plan else None
         self._accept = acceptor(plan) if plan else Walker()
-        penalized = sampling.repetition_penalty != 1
-        self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool) if penalized else None
+        if self._tests and not (self._accept.plain and (sampling.greedy or sampling.unwarped)):
+            raise SmeltError(
+                "generate: constrain='reject' draws from the whole law, at any temperature: leave out top_k, top_p, "
+                "min_p, typical_p and drafts that are not accepted by walk (speculate=False), or use constrain='mask'"
+            )
         draw = Draw(sampling.seed, sampling.temperature, self._requests)
-        self._guides = [constraint.guide() for _ in prompts] if constraint else None
         self._draw = draw if sampling.plain and self._guides is None else None
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, tokens) until every row has ended; a row's first token comes out of its prompt."""
-        for number, row in enumerate(self.rows):
-            self._count(torch.full((len(row.prompt),), number), row.prompt)
-        done = self.session.cache.lengths  # what a prefix has brought is not read again
-        fresh = [row.prompt[length:] for row, length in zip(self.rows, done, strict=True)]
+        try:
+            yield from self._decided()
+        finally:
+            for guide in self._guides or ():
+                guide.close()
+
+    def _decided(self) -> Iterator[tuple[int, list[int]]]:
         harvest = self.drafter.harvest if self.drafter and self.drafter.harvests else None
-        outputs = self.session.prefill(fresh, harvest)
+        watch = self.drafter.watch if self.drafter and self.drafter.watches else None
+        outputs = self.session.prefill(self._fresh(), harvest, watch=watch)
         everyone = torch.arange(len(self.rows))
-        with _one_thread():
+        with one_thread():
             first = self._choose(everyone, outputs["logits"], torch.tensor([len(row.prompt) for row in self.rows]))
         for number, token in enumerate(first):
             if self.drafter is not None:
@@ -104,33 +79,8 @@ class Decoding:
         while not all(row.done for row in self.rows):
             yield from self._chain() if chains else self._step()
 
-    def stop(self, number: int) -> None:
-        """End a row early, such as at a stop string."""
-        self.rows[number].done, self.rows[number].reason = True, "stop"
-
-    def _check(self, vocabulary: int, requests: Sequence[int] | None) -> None:
-        if not self.rows:
-            raise SmeltError("generate: no prompt was given")
-        if requests is not None and len(requests) != len(self.rows):
-            raise SmeltError(f"generate: {len(self.rows)} prompts need as many request ids, not {len(requests)}")
-        capacity = self.session.cache.capacity
-        for number, row in enumerate(self.rows):
-            if not row.prompt:
-                raise SmeltError(f"generate: prompt {number} is empty; give at least one token")
-            wrong = next((token for token in row.prompt if not 0 <= token < vocabulary), None)
-            if wrong is not None:
-                raise SmeltError(
-                    f"generate: prompt {number} holds token {wrong}, the vocabulary has ids 0 to {vocabulary - 1}"
-                )
-            if len(row.prompt) + self.limits.new_tokens > capacity + 1:
-                raise SmeltError(
-                    f"generate: prompt {number} has {len(row.prompt)} tokens and {self.limits.new_tokens} more are "
-                    f"asked for, but the context ends at {capacity}; shorten the prompt or max_new_tokens"
-                )
-
     def _step(self) -> Iterator[tuple[int, list[int]]]:
-        # the reference target computes on torch's own threads; generated kernels have theirs
-        with _one_thread() if self.session.plan.target == "cpp" else nullcontext():
+        with self._quiet():
             fresh = self._verified()
         self.counts.steps += 1
         self.counts.tokens += sum(map(len, fresh))
@@ -142,7 +92,7 @@ class Decoding:
     def _chain(self) -> Iterator[tuple[int, list[int]]]:
         """Steps of one token a row until one of the rows ends, or a page has to leave the cache."""
         assert self._draw is not None
-        running = [number for number, row in enumerate(self.rows) if not row.done]
+        running = self.running
         room = self.session.cache.room()
         steps = min(min(room[n], self.limits.new_tokens - len(self.rows[n].tokens)) for n in running)
         tokens = [row.tokens[-1] for row in self.rows]
@@ -175,7 +125,7 @@ class Decoding:
 
     def _drafts(self) -> list[Drafted]:
         """What each row drafts; one that has ended, where nothing is looked at, what another one does."""
-        running = [number for number, row in enumerate(self.rows) if not row.done]
+        running = self.running
         if self.drafter is None:
             made = {number: Drafted.chain(self.rows[number].tokens[-1:]) for number in running}
         else:
@@ -198,7 +148,8 @@ class Decoding:
             if not path:
                 continue
             if drafter.harvests:
-                read = valid[number]
+                whole = bool(valid[number].all())  # else a mask copies the logits
+                read: slice | torch.Tensor = slice(None) if whole else valid[number]
                 drafter.harvest(number, tree.tokens[number][read], outputs["logits"][number][read])
             told = {name: value[number] for name, value in outputs.items()}
             drafter.observe(number, Verified(fresh[number], path, told, None if chosen is None else chosen[number]))
@@ -248,59 +199,9 @@ class Decoding:
             return
         at, behind = torch.tensor(rows), torch.tensor(nodes)
         processed = self._processed(at, logits[at, behind])
-        standing = Standing(processed, self.sampling, self._requests[at], positions[at, behind] + 1)
+        keys = self._requests[at], positions[at, behind] + 1
+        standing = Standing(processed, self.sampling, *keys, self._tested(at))
         drafted = [tree.below(number, node) for number, node in zip(rows, nodes, strict=True)]
         found = self._accept.behind(standing, drafted, [paths[number] for number in rows])
         self._see(at, [token for token, _ in found])
         yield from ((number, token, child) for number, (token, child) in zip(rows, found, strict=True))
-
-    def _choose(self, rows: torch.Tensor, logits: torch.Tensor, positions: torch.Tensor) -> list[int]:
-        """The tokens [R] that rows [R] get behind logits [R, V], to stand at positions [R]; they count as seen."""
-        chosen: list[int] = choose(
-            self._processed(rows, logits), self.sampling, self._requests[rows], positions
-        ).tolist()
-        self._see(rows, chosen)
-        return chosen
-
-    def _processed(self, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] of rows [R] as the constraint and the sampling's options shape them."""
-        if self._guides is not None:
-            allowed = torch.stack([self._guides[row].allowed for row in rows.tolist()])
-            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
-        return self.sampling.process(logits, None if self._seen is None else Context(self._seen[rows]))
-
-    def _see(self, rows: torch.Tensor, tokens: Sequence[int]) -> None:
-        """Rows [R] get these tokens: they count for penalties, and move their grammars on."""
-        if self._guides is not None:
-            for row, token in zip(rows.tolist(), tokens, strict=True):
-                self._guides[row].take(token)
-        self._count(rows, tokens)
-
-    def _count(self, rows: torch.Tensor, tokens: Sequence[int]) -> None:
-        if self._seen is not None:
-            self._seen[rows, torch.tensor(tokens)] = True
-
-    def _emit(self, number: int, tokens: list[int]) -> list[int]:
-        row = self.rows[number]
-        row.tokens += tokens
-        if row.tokens[-1] in self.limits.eos:
-            row.done, row.reason = True, "eos"
-        elif self._guides is not None and self._guides[number].over:
-            row.done, row.reason = True, "grammar"
-        elif len(row.tokens) >= self.limits.new_tokens:
-            row.done, row.reason = True, "length"
-        return tokens
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps torch on the calling thread: its others would spin on the cores that the next step needs.
-
-    Two cores, 430 M parameters in 4 bits: 47 tokens/s with them, 78 without (2026-11-21).
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

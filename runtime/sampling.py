@@ -73,8 +73,12 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether a choice looks at nothing but a token's own logit, the temperature and noise."""
-        warped = self.top_k or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
-        return self.repetition_penalty == 1 and (self.greedy or not warped)
+        return self.repetition_penalty == 1 and (self.greedy or self.unwarped)
+
+    @property
+    def unwarped(self) -> bool:
+        """Whether no token is taken out of the law."""
+        return not (self.top_k or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1)
 
     def process(self, logits: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         """The logits to choose from, float32 [N, V]; the input is left as it is. Forbidden tokens are -inf.

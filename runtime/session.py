@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 
 from ..codegen.plan import Plan
+from ..ir.blocks import attended
 from ..ir.cache import Cache
 from ..ir.cache.chunks import readings
+from ..ir.depth import DepthPlan
 from ..ir.errors import SmeltError
 from .bound import Bound, binding
 from .trees import padded
@@ -20,6 +22,7 @@ HELD = 1 << 25  # bytes of buffers that a binding for prompts may keep until the
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pieces of a prompt are padded to these: few bindings are made
 
 Harvest = Callable[[int, torch.Tensor, torch.Tensor], None]
+Watch = Callable[[int, Mapping[str, torch.Tensor]], None]
 
 
 class Draw(NamedTuple):
@@ -55,12 +58,18 @@ class Session:
         self.plan = plan
         self.cache = Cache(plan.program.cache, batch, capacity, plan.device, scratch=nodes)
         self._decoded = {} if decoded is None else decoded
-        self._bound: dict[tuple[int, bool], Bound] = {}
+        self._bound: dict[tuple[int, bool, int], Bound] = {}
+        self._prompts: list[int] | None = None  # tokens that each row was given, once they are read
+        self._resting = [attended(plan.program) - attended(stage.program) for stage in plan.stages]
         self.chosen: torch.Tensor | None = None
         self._all: dict[int, torch.Tensor] = {}  # `valid` of a step without padding, by tokens
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], harvest: Harvest | None = None, end: bool = True
+        self,
+        prompts: Sequence[Sequence[int]],
+        harvest: Harvest | None = None,
+        end: bool = True,
+        watch: Watch | None = None,
     ) -> dict[str, torch.Tensor]:
         """Read one prompt a row, behind what the cache holds; returns the outputs at every row's last token, [B, ...].
 
@@ -71,16 +80,22 @@ class Session:
         `harvest(row, tokens, logits)` sees every prompt token with the logits behind it, as prompts are read; without
         it only the last token's logits are computed. It sees none where prompts are read whole (`attention.hyper`) and
         their logits would take too much: a drafter must not decide whether a prompt is approximated.
+
+        `watch(row, outputs)` sees the other outputs [n, ...] at every prompt token, in order.
         """
         last: dict[str, torch.Tensor] = {}
+        self._prompts = None
+        if self.cache.resting:
+            raise SmeltError("blocks were left out of tokens in the cache, which a prompt behind them cannot attend to")
         if not self.cache.prefilling:
-            self._read_whole(prompts, last, harvest)
+            self._read_whole(prompts, last, harvest, watch)
         elif end:
             for texts, questions in readings(self.cache.plan, prompts):
-                self._read_whole(texts, last, harvest and _first(harvest, texts, questions))
+                first = harvest and _first(harvest, texts, questions), watch and _first_seen(watch, texts, questions)
+                self._read_whole(texts, last, *first)
                 self.cache.end_chunk(questions)
         elif self.cache.plan.chunk is None:
-            self._read_whole(prompts, last, harvest)
+            self._read_whole(prompts, last, harvest, watch)
         else:
             raise SmeltError(
                 "the cache is read in chunks with the question behind each, so all of a prompt must be there: read it "
@@ -89,10 +104,15 @@ class Session:
         self._bound = {key: b for key, b in self._bound.items() if key[0] == 1 or b.nbytes <= HELD}
         if end:
             self.cache.end_prefill()
+            self._prompts = list(self.cache.lengths)
         return last
 
     def _read_whole(
-        self, prompts: Sequence[Sequence[int]], last: dict[str, torch.Tensor], harvest: Harvest | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        last: dict[str, torch.Tensor],
+        harvest: Harvest | None,
+        watch: Watch | None,
     ) -> None:
         """Read and commit these tokens of every row, in as few pieces as memory allows; `last` as `prefill` returns."""
         vocabulary = int(self.plan.program.facts.get("vocabulary") or 1)
@@ -108,7 +128,7 @@ class Session:
             pieces = [prompt[start : start + chunk] for prompt in prompts]
             most = max(map(len, pieces))
             width = next((width for width in WIDTHS if width >= most), -(-most // CHUNK) * CHUNK)
-            self._read(pieces, width, last, harvest)
+            self._read(pieces, width, last, harvest, watch)
 
     def step(
         self,
@@ -118,10 +138,12 @@ class Session:
         ancestors: torch.Tensor | None = None,
         last: torch.Tensor | None = None,
         draw: Draw | None = None,
+        more: Mapping[str, torch.Tensor] | None = None,
     ) -> Mapping[str, torch.Tensor]:
         """Evaluate new tokens [B, T] against the cache; commit or drop them afterwards through `cache.commit`.
 
-        Arguments as in `Cache.begin`. `last` int64 [B]: the one token of each row whose logits are asked for; they are
+        Arguments as in `Cache.begin`. `more`: inputs [B, T, …] beside tokens and positions, where the program has such.
+        `last` int64 [B]: the one token of each row whose logits are asked for; they are
         [B, 1, V] then. With `draw` the tokens chosen behind all new ones are in `chosen`, if the plan has a kernel that
         chooses. The results are buffers of the session: they hold until the next step.
         """
@@ -131,11 +153,13 @@ class Session:
                 self._all[new] = torch.ones(tokens.shape, dtype=torch.bool)
             valid = self._all[new]
         self.cache.begin(positions, valid, ancestors, tokens=tokens)
-        bound = self.bound(new, last is not None)
+        bound = self.bound(new, last is not None, self._stage())
         if bound.last is not None and last is not None:
             bound.last.copy_(last)
         bound.inputs["tokens"].copy_(tokens)
         bound.inputs["positions"].copy_(positions)
+        for name, value in (more or {}).items():
+            bound.inputs[name].copy_(value)
         self.chosen = None
         if bound.chooser is None or draw is None:
             bound.run()
@@ -153,10 +177,13 @@ class Session:
     ) -> Generator[list[int], None, None]:
         """Steps of one token a row, each on what the last one chose; yields the choices, -1 where no score was finite.
 
-        Rows that are not `running` stand still. At most `steps`, which `cache.room` must allow; what was yielded is
-        committed when the iterator ends or is closed. Needs a plan whose kernels choose: see `chains`.
+        Rows that are not `running` stand still. At most `steps`, which `cache.room` must allow, and none beyond a stage
+        of the depth plan; what was yielded is committed when the iterator ends or is closed. Needs a plan whose kernels
+        choose: see `chains`.
         """
-        bound = self.bound(1)
+        bound = self.bound(1, stage=self._stage())
+        if self._depth is not None:
+            steps = min(steps, self._depth.left(self._generated) or steps)
         assert bound.chooser is not None
         rows = [row for row, runs in enumerate(running) if runs]
         bound.inputs["tokens"].copy_(torch.tensor(tokens)[:, None])
@@ -177,20 +204,57 @@ class Session:
             bound.chooser.stop()
             self.cache.advance(done, rows)
 
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the cache; one that is named twice is copied, one that is not named is dropped."""
+        before = self.cache.batch
+        self.cache.select_rows(rows)
+        if self._prompts is not None:
+            self._prompts = [self._prompts[row] for row in rows]
+        if self.cache.batch != before:
+            self._bound.clear()
+            self._all.clear()
+
     @property
     def chains(self) -> bool:
         """Whether the kernels of a step of one token choose the next one."""
         bound = self.bound(1)
         return bound.chooser is not None and bound.alone
 
-    def bound(self, tokens: int, last: bool = False) -> Bound:
-        """The binding of steps of so many new tokens a row; `last`: of which one a row has logits."""
-        if (tokens, last) not in self._bound:
+    def bound(self, tokens: int, last: bool = False, stage: int = 0) -> Bound:
+        """The binding of steps of so many new tokens a row; `last`: of which one a row has logits.
+
+        `stage`: of the depth plan, counted from 1; 0 for the whole model.
+        """
+        key = tokens, last, stage
+        if key not in self._bound:
             shape = self.cache.batch, tokens
-            inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "positions")}
+            placeholders = self.plan.program.graph.find_nodes(op="placeholder")
+            inputs = {
+                str(node.target): torch.zeros(*shape, *node.meta["shape"][2:], dtype=node.meta["dtype"])
+                for node in placeholders
+            }
             picked = torch.zeros(self.cache.batch, dtype=torch.int64) if last else None
-            self._bound[tokens, last] = binding(self.plan)(self.plan, inputs, self.cache, self._decoded, picked)
-        return self._bound[tokens, last]
+            plan = self.plan.stages[stage - 1] if stage else self.plan
+            self._bound[key] = binding(plan)(plan, inputs, self.cache, self._decoded, picked)
+        return self._bound[key]
+
+    @property
+    def _depth(self) -> DepthPlan | None:
+        """What steps leave out from now on; prompts run the whole model."""
+        return self.plan.program.depth if self._prompts is not None else None
+
+    @property
+    def _generated(self) -> int:
+        """The number of the next generated token; rows that have ended stand behind."""
+        pairs = zip(self.cache.lengths, self._prompts or self.cache.lengths, strict=True)
+        return max(length - prompt for length, prompt in pairs)
+
+    def _stage(self) -> int:
+        """The stage of the next step; layers that none reads any more come to rest."""
+        stage = self._depth.at(self._generated) if self._depth is not None else 0
+        if stage:
+            self.cache.rest(self._resting[stage - 1])
+        return stage
 
     def _read(
         self,
@@ -198,6 +262,7 @@ class Session:
         width: int,
         last: dict[str, torch.Tensor],
         harvest: Harvest | None,
+        watch: Watch | None,
     ) -> None:
         """Read and commit one piece a row, padded to `width`; rows whose prompt is at its end give an empty one."""
         tokens = torch.zeros(len(pieces), width, dtype=torch.int64)
@@ -217,17 +282,40 @@ class Session:
                 last[name][row] = value[row, min(len(piece), value.shape[1]) - 1]
             if harvest is not None:
                 harvest(row, tokens[row, : len(piece)], outputs["logits"][row, : len(piece)])
+            if watch is not None:
+                watch(row, {name: value[row, : len(piece)] for name, value in outputs.items() if name != "logits"})
         self.cache.commit([list(range(len(piece))) for piece in pieces])
 
 
 def _first(harvest: Harvest, texts: Sequence[Sequence[int]], questions: Sequence[int]) -> Harvest:
     """A harvest of each row's text but the question at its end, which is read again."""
-    left = [len(text) - question for text, question in zip(texts, questions, strict=True)]
+    front = _front(texts, questions)
 
     def told(row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        count = min(len(tokens), left[row])
-        left[row] -= count
-        if count:
+        if count := front(row, len(tokens)):
             harvest(row, tokens[:count], logits[:count])
 
     return told
+
+
+def _first_seen(watch: Watch, texts: Sequence[Sequence[int]], questions: Sequence[int]) -> Watch:
+    """A watch over the same."""
+    front = _front(texts, questions)
+
+    def told(row: int, outputs: Mapping[str, torch.Tensor]) -> None:
+        if count := front(row, len(next(iter(outputs.values()), ()))):
+            watch(row, {name: value[:count] for name, value in outputs.items()})
+
+    return told
+
+
+def _front(texts: Sequence[Sequence[int]], questions: Sequence[int]) -> Callable[[int, int], int]:
+    """How many of a row's next tokens stand in front of its question; asked in order."""
+    left = [len(text) - question for text, question in zip(texts, questions, strict=True)]
+
+    def front(row: int, tokens: int) -> int:
+        count = min(tokens, left[row])
+        left[row] -= count
+        return count
+
+    return front

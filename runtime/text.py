@@ -13,6 +13,7 @@ import tokenizers
 from ..ir.errors import SmeltError
 
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (or not yet) UTF-8
+BREAKS = (".", ",", "\n", "?", "!", ":", ";", ")", "]", "}")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -54,6 +55,11 @@ class Tokenizer:
         words = {at: self.core.decode([at]).strip() for at in range(self.core.get_vocab_size())}
         marks = [at for at, word in words.items() if word and not set(word) - set(string.punctuation)]
         return {"special": sorted(special), "punctuation": sorted(set(marks) - set(special))}
+
+    def breaks(self) -> list[int]:
+        """Ids of tokens that spell the end of a phrase: their text ends in punctuation that closes one, or a line."""
+        texts = {at: self.core.decode([at]).rstrip(" ") for at in range(self.core.get_vocab_size())}
+        return [at for at, text in texts.items() if text.endswith(BREAKS) and not self.is_hidden(at)]
 
     @cached_property
     def core(self) -> tokenizers.Tokenizer:

@@ -77,7 +77,8 @@ def _seen(draft: Drafted, width: int) -> torch.Tensor:
         return seen
     seen, aside = seen.clone(), draft.aside
     rows = slice(tree, tree + len(aside.tokens))
-    seen[rows, 0] = aside.seen[:, 0]
+    behind = torch.tensor(aside.nodes or [0] * len(aside.tokens))
+    seen[rows, :tree] = seen[behind, :tree] & aside.seen[:, :1]
     seen[rows, rows] = aside.seen[:, 1:]
     return seen
 

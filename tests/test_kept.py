@@ -1,7 +1,9 @@
 """Compiled programs are found again by content, and only then."""
 
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,24 @@ def test_the_oldest_go_when_the_room_is_full(model: Path, tmp_path: Path, monkey
     smelt.compile(model, "finequant")
     (left,) = programs.iterdir()
     assert left != first
+
+
+def test_what_another_process_takes_away_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMELT_KEEP", "1e-9")  # one byte
+    for name in ("first", "moved", "last"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"two")
+        os.utime(tmp_path / name, (len(list(tmp_path.iterdir())),) * 2)
+    listed = Path.iterdir
+
+    def moving(path: Path) -> Iterator[Path]:
+        if path.name == "moved":
+            shutil.rmtree(path)
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", moving)
+    kept.trim(tmp_path)
+    assert [path.name for path in listed(tmp_path)] == ["last"]
 
 
 def test_nothing_is_kept_where_it_is_not_wanted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

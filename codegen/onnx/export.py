@@ -52,6 +52,11 @@ def export(
     """
     if importlib.util.find_spec("onnx") is None:
         raise SmeltError("export to ONNX needs the package onnx: pip install 'smelt[onnx]'")
+    if program.depth is not None:
+        raise SmeltError(
+            f"{program.name} leaves blocks out by a token's position{program.changed_by('decode')}, which one graph "
+            "of ONNX does not say: compile it without that step"
+        )
     folder, say = Path(folder), progress or (lambda what, done, total: None)
     kind = find_style(style, options)
     check_place(folder)

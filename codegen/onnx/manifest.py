@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 def manifest(builder: Builder, program: Program, style: Style, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values: the graph in numbers, its inputs and outputs by the style, the drafter, recipe and remarks."""
+    """JSON values: the graph in numbers, inputs and outputs by the style, drafter, choice, recipe and remarks."""
     known: dict[str, Any] = {
         key: program.facts[key] for key in ("kind", "vocabulary", "context", "eos", "family") if key in program.facts
     }
@@ -28,6 +28,7 @@ def manifest(builder: Builder, program: Program, style: Style, facts: Mapping[st
         "weight_bytes": sum(tensor.nbytes for tensor in builder.tensors.values()),
         **style.manifest(builder, program),
         "drafter": _drafter(program),
+        "choice": None if program.choice is None else program.choice.to_dict(),
         "steps": [record.name for record in program.history],
         "notes": list(builder.notes),
         **{key: value for key, value in facts.items() if key != "report"},

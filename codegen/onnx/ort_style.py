@@ -74,6 +74,10 @@ class Ort:
             builder.output(name, value, onnx_type(value.dtype), value.shape)
         if program.decode is not None:
             builder.note("onnxruntime-genai decodes token by token; smelt.json describes the recipe's drafter")
+        if program.choice is not None:
+            builder.note(
+                "onnxruntime-genai draws by its own options; smelt.json describes the recipe's choice of tokens"
+            )
         kind = onnx_type(getattr(torch, CACHE))
         batch = results["logits"].shape[0]  # type: ignore[index]  # [B, T, V]
         for at, site in enumerate(program.cache.sites):

@@ -60,6 +60,7 @@ class Cache:
         self.picked: dict[tuple[int, int], torch.Tensor] = {}  # of a step, by layer and row: what is read of the body
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._schedule_of: dict[int, Schedule] = {}
+        self.resting: frozenset[int] = frozenset()  # layers that are not read any more: see `rest`
         for site in plan.sites:
             numbers = range(len(site.caps))
             tables = [plan.tables_of(site.layer, number) for number in numbers]
@@ -296,14 +297,21 @@ class Cache:
         site = schedule.site
         prompt = site.at_prompt and not before and (self.prefilling or self.prompts[row] > site.sink + (site.tail or 0))
         for segments in schedule.members:
+            if segments.site.layer in self.resting:
+                continue
             segments.leave(row, *left, tail, prompt, self.ids[row])
             for body in segments.bodies:
                 if body.moved:
                     body.moved = False
                     self.generation += 1
 
+    def rest(self, layers: frozenset[int]) -> None:
+        """From now on no step reads or writes these layers, until `restart`; what they hold counts as gone."""
+        self.resting |= layers
+
     def restart(self) -> None:
         """Forget every token; buffers stay."""
+        self.resting = frozenset()
         self.lengths, self.prompts, self.ids = [0] * self.batch, [0] * self.batch, [[] for _ in self.lengths]
         self.prefilling, self.step = True, None
         for schedule in self._schedules.values():
@@ -359,6 +367,8 @@ class Cache:
         """Measured bytes: in use by stored tokens, and allocated."""
         used = 0
         for layer, segments in self.segments.items():
+            if layer in self.resting:
+                continue
             used += sum(segments.used_bytes(row, c) for row, c in enumerate(self._schedule_of[layer].counts))
         buffers = [buffer for segments in self.segments.values() for buffer in segments.buffers()]
         buffers += self.plan.tables.values()

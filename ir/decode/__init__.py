@@ -1,8 +1,9 @@
 """How new tokens are proposed, verified and accepted: drafts, acceptance rules, and the plan that joins them."""
 
 from .accept import Accept, KSequential, Law, Merge, Near, Reject, Trust, Typical, Walk
-from .draft import Draft, Heads, Jacobi, Lookahead, Lookup, Model, Proposal, Recycle, Suffix, Trigrams, Union
+from .draft import Draft, Heads, Jacobi, Lookahead, Lookup, Model, Prompts, Proposal, Recycle, Suffix, Trigrams, Union
 from .plan import DecodePlan
+from .sparse import Sparse, sparse
 from .tree import Tree, usual_rates
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "Merge",
     "Model",
     "Near",
+    "Prompts",
     "Proposal",
     "Recycle",
     "Reject",
+    "Sparse",
     "Suffix",
     "Tree",
     "Trigrams",
@@ -28,5 +31,6 @@ __all__ = [
     "Typical",
     "Union",
     "Walk",
+    "sparse",
     "usual_rates",
 ]

@@ -42,7 +42,7 @@ class Draft:
     @property
     def joins(self) -> bool:
         """Whether it can be one of several: fixed by the context, and without rows of its own beside the tree."""
-        return self.proposal == "fixed" and not isinstance(self, Union | Lookahead | Jacobi)
+        return self.proposal == "fixed" and not isinstance(self, Union | Lookahead | Jacobi | Prompts)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,33 @@ class Heads(Draft):
     @property
     def most(self) -> int:
         return len(self.tree) - 1
+
+
+@dataclass(frozen=True)
+class Prompts(Draft):
+    """Trained prompt tokens behind nodes of the tree guess the tokens after the next one (PPD, Chen et al., 2024).
+
+    Their ids are those behind the vocabulary's. The j-th behind a node guesses the token j + 1 places behind the next.
+
+    rates: `[j][r]`, how often its r-th best guess is right; from them the tree is made, `sparse`.
+    rows: drafted tokens and prompt tokens of a step, at most.
+    """
+
+    rates: tuple[tuple[float, ...], ...]
+    rows: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "rows")
+        if not self.rates or not all(self.rates):
+            raise SmeltError("a draft by prompt tokens needs one of them, and one guess of each, or more")
+
+    @property
+    def most(self) -> int:
+        return self.rows
+
+    @property
+    def cuts(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -262,6 +289,7 @@ class Union(Draft):
 KINDS: dict[str, type[Draft]] = {
     "recycle": Recycle,
     "heads": Heads,
+    "prompts": Prompts,
     "lookup": Lookup,
     "suffix": Suffix,
     "trigrams": Trigrams,

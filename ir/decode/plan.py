@@ -60,11 +60,7 @@ class DecodePlan:
     def with_tables(self, tables: Mapping[str, torch.Tensor]) -> DecodePlan:
         """The plan with these tables beside those that it has."""
         held = {**self.tables, **{name: table.contiguous() for name, table in tables.items()}}
-        digest = hashlib.sha256()
-        for name, table in sorted(held.items()):
-            digest.update(f"{name} {table.dtype} {list(table.shape)}".encode())
-            digest.update(table.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return replace(self, tables=held, stamp=digest.hexdigest()[:16] if held else "")
+        return replace(self, tables=held, stamp=stamped(held))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the tables themselves."""
@@ -78,6 +74,15 @@ class DecodePlan:
         draft, accept = _made(data["draft"], drafts.KINDS), _made(data["accept"], accepts.KINDS)
         limits = tuple(data["limits"]) if "limits" in data else None
         return cls(draft, accept, limits, stamp=data.get("stamp", ""))
+
+
+def stamped(tables: Mapping[str, torch.Tensor]) -> str:
+    """A hash of tables, by which plans compare; nothing of none."""
+    digest = hashlib.sha256()
+    for name, table in sorted(tables.items()):
+        digest.update(f"{name} {table.dtype} {list(table.shape)}".encode())
+        digest.update(table.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if tables else ""
 
 
 def _told(part: Draft | Accept) -> dict[str, Any]:
@@ -100,6 +105,8 @@ def _made(data: Mapping[str, Any], kinds: Mapping[str, type[Any]]) -> Any:
         raise SmeltError(f"decode plan: unknown kind '{name}'{nearest(name, kinds)}; known: {', '.join(kinds)}")
     if given.get("tree") is not None:
         given["tree"] = Tree(tuple(given["tree"]["parents"]), tuple(given["tree"]["ranks"]))
+    if "rates" in given:
+        given["rates"] = tuple(tuple(ranks) for ranks in given["rates"])
     if kinds[name] is Union:
         given["drafts"] = tuple(_made(each, drafts.KINDS) for each in given["drafts"])
     return kinds[name](**given)

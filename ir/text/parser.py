@@ -9,7 +9,9 @@ from typing import Any
 from torch import fx
 
 from ..cache.plan import CachePlan
+from ..choice import ChoicePlan
 from ..decode import DecodePlan
+from ..depth import DepthPlan
 from ..errors import SmeltError, nearest
 from ..program import Program, Record
 from ..targets import find_target
@@ -42,6 +44,10 @@ def parse_program(text: str, weights: Mapping[str, Weight], sealed: bool = False
         program.cache = _made(reader, lambda sites: CachePlan.from_dict({"sites": sites}))
     if reader.accept("decode"):
         program.decode = _made(reader, DecodePlan.from_dict)
+    if reader.accept("choice"):
+        program.choice = _made(reader, ChoicePlan.from_dict)
+    if reader.accept("depth"):
+        program.depth = _made(reader, DepthPlan.from_dict)
     _read_history(reader, program)
     _read_weights(reader, program, weights, sealed)
     _Body(reader, program).read()

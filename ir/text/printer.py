@@ -48,6 +48,10 @@ def _lines(program: Program, hashes: bool) -> Iterator[str]:
         yield "]"
     if program.decode is not None:
         yield f"decode {_shown(program.decode.to_dict(), 'decode plan')}"
+    if program.choice is not None:
+        yield f"choice {_shown(program.choice.to_dict(), 'choice plan')}"
+    if program.depth is not None:
+        yield f"depth {_shown(program.depth.to_dict(), 'depth plan')}"
     yield from _history(program.history, program.origin)
     yield "weights {"
     for name, weight in program.weights.items():

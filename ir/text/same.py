@@ -33,6 +33,8 @@ def same_program(a: Program, b: Program) -> str | None:
         ("facts", a.facts, b.facts),
         ("cache", a.cache and a.cache.to_dict(), b.cache and b.cache.to_dict()),
         ("decode", a.decode and a.decode.to_dict(), b.decode and b.decode.to_dict()),
+        ("choice", a.choice and a.choice.to_dict(), b.choice and b.choice.to_dict()),
+        ("depth", a.depth and a.depth.to_dict(), b.depth and b.depth.to_dict()),
         ("history", _history(a), _history(b)),
         ("weights", list(a.weights), list(b.weights)),
         ("weights", {n: _weight(w) for n, w in a.weights.items()}, {n: _weight(w) for n, w in b.weights.items()}),

@@ -46,6 +46,11 @@ def joinable(program: Program, draft: Draft | type[Draft]) -> Iterator[str]:
     A kind stands for drafts that can always be joined.
     """
     yield from cached_decoder(program)
+    if program.choice is not None and program.choice.search is not None:
+        yield (
+            f"{program.name} searches by {program.choice.name}{program.changed_by('choice')}, and a search chooses "
+            "without drafts: keep one of the two steps"
+        )
     plan = program.decode
     if plan is None:
         return

@@ -1,4 +1,4 @@
-"""Heads that guess the tokens after the next one (Medusa: Simple LLM Inference Acceleration … Decoding Heads, 2024)."""
+"""Heads that guess the tokens after the next one (Medusa, Cai et al., 2024; Blockwise Parallel Decoding, 2018)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ class Heads(Pass):
     faster, until train.heads has run. `logits` are untouched.
 
     heads: how many tokens ahead are guessed, J.
-    width: candidates taken from each head.
+    width: candidates taken from each head; 1 drafts a chain.
     nodes: drafted tokens verified in a step, the pending token not counted.
-    projection: `own` for each head as in the paper, or `tied`: all share the model's head, which saves J · V · K
-        parameters and trains worse (a deviation).
+    projection: `own` for each head as Medusa has it, or `tied`: all share the model's head, as in Blockwise Parallel
+        Decoding, which saves J · V · K parameters and trains worse.
+    shared: neurons of one layer that all heads read, so that a head is x + W relu(U x), as in Blockwise Parallel
+        Decoding; 0: each head has its own square W, as in Medusa.
     dtype: how own weights are stored.
 
-    Deviations: acceptance is by the walk, which keeps the model's law when sampling; the paper's typical acceptance
-    does not.
+    Deviations: acceptance is by the walk, which keeps the model's law when sampling; Medusa's typical acceptance does
+    not, nor does Blockwise Parallel Decoding's approximate one. Both can be had by decode.relax.
     """
 
     exactness: ClassVar[Exactness] = Exactness.EXACT
@@ -45,9 +47,12 @@ class Heads(Pass):
     width: int = 10
     nodes: int = 31  # 32 rows a step, with the pending token
     projection: Literal["own", "tied"] = "own"
+    shared: int = 0
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
+        if self.shared < 0:
+            raise SmeltError(f"shared counts neurons, and is not {self.shared}")
         if min(self.heads, self.width, self.nodes) < 1:
             raise SmeltError(f"heads, width and nodes count from 1, not {self.heads}, {self.width} and {self.nodes}")
 
@@ -70,7 +75,8 @@ class Heads(Pass):
         (head,) = program.calls(HEAD)
         before = set(program.weights)
         with program.graph.inserting_before(next(iter(reversed(program.graph.nodes)))):
-            guesses = [self._head(program, head, j) for j in range(self.heads)]
+            layer = self._layer(program, head) if self.shared else None
+            guesses = [self._head(program, head, layer, j) for j in range(self.heads)]
             stacked = program.graph.call_function(torch.ops.aten.stack.default, (guesses, -2))
         program.set_output("heads", stacked)
         tree = best_tree([usual_rates(self.width)] * self.heads, self.nodes)
@@ -84,18 +90,27 @@ class Heads(Pass):
         }
         return Outcome(tuple(f"heads.{j}" for j in range(self.heads)), notes=notes)
 
-    def _head(self, program: Program, head: fx.Node, j: int) -> fx.Node:
+    def _layer(self, program: Program, head: fx.Node) -> fx.Node:
+        """The layer that all heads read: relu(U x), at the insert point; U is drawn, for W is zero at first."""
+        a = arguments(head)
+        width = program.weights[str(a["weight"].target)].shape[1]
+        drawn = torch.randn(self.shared, width, generator=torch.Generator().manual_seed(0)) * (2 / width) ** 0.5
+        up = program.weight_node("heads.layer.weight", self._weight(drawn))
+        linear = program.graph.call_function(LINEAR.target, (a["x"], up))
+        return program.graph.call_function(torch.ops.aten.relu.default, (linear,))
+
+    def _head(self, program: Program, head: fx.Node, layer: fx.Node | None, j: int) -> fx.Node:
         """Head j's nodes at the insert point: the residual block, then the projection."""
         graph, a = program.graph, arguments(head)
         hidden = a["x"]
         projection, bias = str(a["weight"].target), a["bias"] and str(a["bias"].target)
         width = program.weights[projection].shape[1]
-        zero = self._weight(torch.zeros(width, width))
+        zero = self._weight(torch.zeros(width, self.shared or width))
         block = program.weight_node(f"heads.{j}.block.weight", zero)
-        inner = graph.call_function(LINEAR.target, (hidden, block))
-        added = graph.call_function(
-            torch.ops.aten.add.Tensor, (hidden, graph.call_function(torch.ops.aten.silu.default, (inner,)))
-        )
+        inner = graph.call_function(LINEAR.target, (hidden if layer is None else layer, block))
+        if layer is None:
+            inner = graph.call_function(torch.ops.aten.silu.default, (inner,))
+        added = graph.call_function(torch.ops.aten.add.Tensor, (hidden, inner))
         operands: list[Any] = [added]
         for part, name in (("weight", projection), ("bias", bias)):
             if name is not None:

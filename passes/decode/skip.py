@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ...ir.blocks import blocks, without
 from ...ir.program import Program
 from .._contracts import cached_decoder
 from ..base import Effect, Exactness, Outcome, Pass, Samples
-from ._blocks import blocks, without
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 
 from ...ir.program import Program
 
 
-def trunk(program: Program, at: fx.Node) -> Program:
-    """A Program of the same inputs whose only output, `hidden`, is the value of node `at`; weights are shared."""
+def trunk(program: Program, outputs: Mapping[str, fx.Node]) -> Program:
+    """A Program of the same inputs whose outputs are the values of these nodes; weights are shared."""
     part = program.fork()
-    cut = _twin(part, at)
+    found = {name: _twin(part, node) for name, node in outputs.items()}
     part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
-    part.graph.output({"hidden": cut})
+    part.graph.output(found)
     part.prune()
     return part
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
-
-import torch
 
 from ...ir import decode
 from ...ir.encoding import Dense
@@ -16,28 +13,31 @@ from ...ir.program import Program
 from ..base import Effect, Exactness, Outcome, Pass, Samples, decoder_only
 from ..decode._join import exchange, names
 from ..decode._trees import best_tree, expected_tokens
-from ._drill import Drill, Score, trained
-
-CHECKS = 4  # times that a training measures held-out loss; the weights of the lowest win
-MOST_HELD = 32  # held-out windows that are used: 4 thousand places tell hit rates to half a point
+from ._drill import Drill, trained
+from ._loop import Course, identity, train
+from ._text import windows
 
 
 @dataclass(frozen=True)
 class Heads(Pass):
     """Head j learns the token j + 2 places on; the draft tree is then fitted to how often its guesses are right.
 
-    The loss is cross-entropy, weighted by decay^j.
+    The loss is cross-entropy, weighted by decay^j: with the tokens of the text, and with what the model would write,
+    which is known wherever the text is what the model would have chosen.
 
     steps: updates by AdamW, with a short warm-up and a cosine to zero.
     batch: windows of text in an update.
     length: tokens of a window.
     rate: largest learning rate.
     decay: weight of a head's loss relative to the head before it.
+    own: share of the loss that is with what the model would write, greedily; 0 learns the text alone.
     seed: of the order of the windows.
     holdout: share of the windows that are not trained on; they decide which weights are kept, and the tree.
+    checks: times that held-out loss is measured, for the curve; the weights of the lowest are kept.
 
-    Deviations: heads learn the given text, not chat transcripts of the model's own. The paper searches the tree for one
-    model once; here it is best-first under this model's own held-out hit rates.
+    Deviations: heads learn the given text and the model's own choices for it, not whole chats of its own. Projections
+    start from a least-squares guess of the states to come, not as copies of the model's. The paper searches the tree
+    for one model once; here it is best-first under this model's own held-out hit rates.
     """
 
     exactness: ClassVar[Exactness] = Exactness.EXACT  # of the logits: only the output `heads` changes
@@ -49,12 +49,17 @@ class Heads(Pass):
     length: int = 128
     rate: float = 1e-3
     decay: float = 0.8
+    own: float = 0.5
     seed: int = 0
     holdout: float = 0.1
+    checks: int = 8
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.length) < 1:
-            raise SmeltError(f"steps, batch and length count from 1, not {self.steps}, {self.batch} and {self.length}")
+        self._course()
+        if self.length < 1:
+            raise SmeltError(f"length counts from 1, not {self.length}")
+        if not 0 <= self.own <= 1:
+            raise SmeltError(f"own is a share of the loss between 0 and 1, not {self.own}")
         if not 0 < self.holdout < 1:
             raise SmeltError(f"holdout is a share of the text between 0 and 1, not {self.holdout}")
 
@@ -81,16 +86,18 @@ class Heads(Pass):
         """Train, store the weights in the type they had, and replace the draft tree."""
         plan, draft = program.decode, _drafting(program)
         if samples is None or plan is None or draft is None:
-            raise SmeltError("train.heads needs sample texts: pass calibration texts to compile")
-        drill = Drill.of(program, self.decay)
-        learn, held = self._windows(samples.tokens, drill.heads)
-        before = drill.measure(held, draft.width)
-        updates = self._train(drill, learn, held, samples, before)
+            raise SmeltError("train.heads needs sample texts: pass texts to train on, or calibration texts, to compile")
+        heads = program.outputs["heads"].all_input_nodes
+        learn, held = windows(samples, self.length, len(heads) + 2, self.holdout, "train.heads")
+        drill = Drill.of(program, self.decay, self.own, learn, held)
+        before = drill.measure(draft.width)
+        drill.fit()
+        went = train(drill, len(learn), self._course(), samples, "heads", identity(program, self, samples))
         for name, value in drill.weights.items():
             old = program.weights[name]
             program.weights[name] = replace(old, parts=old.encoding.encode(value.detach()))
             value.data.copy_(program.weights[name].dense())
-        after = drill.measure(held, draft.width)
+        after = drill.measure(draft.width)
         tree = best_tree(after.hits, len(draft.tree) - 1)
         program.decode = exchange(plan, draft, replace(draft, tree=tree))
         program.facts["heads_trained"] = True
@@ -98,55 +105,15 @@ class Heads(Pass):
         notes = {
             "before": before.to_dict(),
             "after": after.to_dict(),
-            "kept_update": updates,
+            **went.to_dict(),
             "held_out_tokens": held.numel(),
             "expected_tokens_per_step": round(expected_tokens(after.hits, tree), 3),
             "nodes": len(tree) - 1,
         }
         return Outcome(tuple(f"heads.{j}" for j in range(drill.heads)), notes=notes)
 
-    def _windows(self, tokens: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows [N, L] to learn from, and windows of the end of the text that are held out."""
-        length = min(self.length, tokens.shape[1])
-        if length < heads + 2:
-            raise SmeltError(
-                f"train.heads: {heads} heads guess {heads + 1} tokens on, windows of {length} are too short; "
-                f"give texts (and length) of {heads + 2} tokens or more"
-            )
-        whole = tokens.shape[1] // length
-        windows = tokens[:, : whole * length].reshape(-1, length)
-        count = math.ceil(self.holdout * len(windows))
-        if count >= len(windows):
-            raise SmeltError(
-                f"train.heads: {len(windows)} windows of {length} tokens cannot be parted into text to learn and text "
-                "to check; give more text, or a smaller length"
-            )
-        return windows[:-count], windows[-count:][:MOST_HELD]
-
-    def _train(self, drill: Drill, learn: torch.Tensor, held: torch.Tensor, samples: Samples, start: Score) -> int:
-        """Leave the weights of the lowest held-out loss in the drill; returns after how many updates that was."""
-        generator = torch.Generator().manual_seed(self.seed)
-        optimizer = torch.optim.AdamW(drill.weights.values(), lr=self.rate, weight_decay=0.0)
-        warm = max(1, self.steps // 20)
-        checks = {self.steps * (i + 1) // CHECKS for i in range(CHECKS)}
-        best = (start.loss, 0, {name: value.detach().clone() for name, value in drill.weights.items()})
-        order = torch.empty(0, dtype=torch.int64)
-        for step in range(1, self.steps + 1):
-            while len(order) < self.batch:
-                order = torch.cat([order, torch.randperm(len(learn), generator=generator)])
-            chosen, order = order[: self.batch], order[self.batch :]
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * min(1.0, step / warm) * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
-            with torch.enable_grad():
-                drill.loss(*drill.guesses(learn[chosen])).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            samples.progress(step, self.steps, "training heads")
-            if step in checks and (loss := drill.measure(held, 1).loss) < best[0]:
-                best = (loss, step, {name: value.detach().clone() for name, value in drill.weights.items()})
-        for name, value in drill.weights.items():
-            value.data.copy_(best[2][name])
-        return best[1]
+    def _course(self) -> Course:
+        return Course(self.steps, self.batch, self.rate, seed=self.seed, checks=self.checks)
 
 
 def _drafting(program: Program) -> decode.Heads | None:

@@ -36,12 +36,14 @@ class Drafted:
 class Aside:
     """Rows that a drafter runs beside its tree: tokens, places behind the pending token, and which rows each one sees.
 
-    `seen` bool [rows, 1 + rows]: column 0 is the pending token, column j + 1 row j.
+    `seen` bool [rows, 1 + rows]: column 0 is a node with all above it, column j + 1 row j.
+    `nodes`: which node that is for each row; the pending token's by default.
     """
 
     tokens: list[int]
     depths: list[int]
     seen: torch.Tensor
+    nodes: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Drafter:
 
     harvests = False
     """Whether it wants to see all logits of prompts and steps."""
+    watches = False
+    """Whether it wants to see the model's other outputs at every token of prompts."""
     fixed = False
     """Whether every draft has the same shape."""
 
@@ -79,6 +83,9 @@ class Drafter:
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """Tokens [n] and the logits [n, V] behind each, as the model gave them; drafts that were wrong included."""
+
+    def watch(self, row: int, outputs: Mapping[str, torch.Tensor]) -> None:
+        """The model's outputs [n, ...] but the logits at the next tokens of the row's prompt, before `begin`."""
 
     def observe(self, row: int, verified: Verified) -> None:
         """A verified step of the row, the prompt's last token as the first of them (with nothing fresh)."""

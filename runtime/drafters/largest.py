@@ -23,4 +23,5 @@ def largest(logits: torch.Tensor, count: int) -> torch.Tensor:
     if whole < vocabulary:
         rest = torch.arange(whole, vocabulary).expand(*logits.shape[:-1], -1)
         ids = torch.cat([ids, rest], -1)
-    return ids.gather(-1, logits.gather(-1, ids).topk(count, -1).indices)
+    found: torch.Tensor = ids.gather(-1, logits.gather(-1, ids).topk(count, -1).indices)
+    return found

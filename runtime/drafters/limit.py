@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ class LimitedDrafter(Drafter):
 
     def __init__(self, drafter: Drafter, nodes: int) -> None:
         self.drafter, self.nodes = drafter, nodes
-        self.harvests, self.fixed = drafter.harvests, drafter.fixed
+        self.harvests, self.watches, self.fixed = drafter.harvests, drafter.watches, drafter.fixed
         self._kept: list[int] | None = None
 
     def begin(self, row: int, tokens: Sequence[int]) -> None:
@@ -23,6 +23,9 @@ class LimitedDrafter(Drafter):
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         self.drafter.harvest(row, tokens, logits)
+
+    def watch(self, row: int, outputs: Mapping[str, torch.Tensor]) -> None:
+        self.drafter.watch(row, outputs)
 
     def observe(self, row: int, verified: Verified) -> None:
         self.drafter.observe(row, verified)

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ...ir.decode import DecodePlan, Draft, Heads, Jacobi, Lookahead, Lookup, Model, Recycle, Suffix, Trigrams, Union
+from ...ir.decode import (
+    DecodePlan,
+    Draft,
+    Heads,
+    Jacobi,
+    Lookahead,
+    Lookup,
+    Model,
+    Prompts,
+    Recycle,
+    Suffix,
+    Trigrams,
+    Union,
+)
 from ...ir.errors import SmeltError
 from ..sampling import Sampling
 from ..session import Session
 from ..trees import padded
 from .base import Drafter
+from .feature import FEATURES, FeatureDrafter
 from .heads import HeadsDrafter
 from .jacobi import JacobiDrafter
 from .limit import LimitedDrafter
 from .lookahead import LookaheadDrafter
 from .lookup import LookupDrafter
 from .model import ModelDrafter
+from .prompts import PromptsDrafter
 from .suffix import SuffixDrafter
 from .table import RecycleDrafter
 from .trigrams import TrigramDrafter
@@ -37,11 +52,12 @@ class Setting:
 
 def drafter(plan: DecodePlan, vocabulary: int, setting: Setting) -> Drafter:
     """The drafter of a decode plan, for the rows of a session."""
-    made = _of(plan.draft, plan, vocabulary, setting)
-    limit = plan.limit(setting.sampling.greedy)
-    if limit is None or limit >= plan.draft.most or not plan.draft.cuts:
-        return made
-    return LimitedDrafter(made, limit)
+    draft, limit = plan.draft, plan.limit(setting.sampling.greedy)
+    if limit is None or limit >= draft.most or not draft.cuts:
+        return _of(draft, plan, vocabulary, setting)
+    if isinstance(draft, Prompts):  # a tree that is made for fewer rows is better than one that is cut
+        return _of(replace(draft, rows=limit), plan, vocabulary, setting)
+    return LimitedDrafter(_of(draft, plan, vocabulary, setting), limit)
 
 
 def _of(draft: Draft, plan: DecodePlan, vocabulary: int, setting: Setting) -> Drafter:
@@ -55,10 +71,12 @@ def _of(draft: Draft, plan: DecodePlan, vocabulary: int, setting: Setting) -> Dr
         if drafting is None:
             raise SmeltError("the decode plan drafts by a model, but the program has none")
         session = Session(drafting, rows, setting.session.cache.capacity, nodes=padded(1 + draft.most))
-        return ModelDrafter(draft, session, setting.sampling, setting.requests)
+        kind = FeatureDrafter if FEATURES in drafting.program.inputs else ModelDrafter
+        return kind(draft, session, setting.sampling, setting.requests)
     known: dict[type[Draft], Callable[[Any, int, int], Drafter]] = {
         Recycle: RecycleDrafter,
         Heads: HeadsDrafter,
+        Prompts: PromptsDrafter,
         Lookup: LookupDrafter,
         Suffix: SuffixDrafter,
         Lookahead: LookaheadDrafter,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
@@ -57,7 +57,8 @@ class ModelDrafter(History):
 
     def __init__(self, draft: Model, session: Session, sampling: Sampling, requests: torch.Tensor) -> None:
         super().__init__(len(requests))
-        self.draft, self.session, self.sampling, self.requests = draft, session, sampling, requests
+        self.draft, self.session, self.requests = draft, session, requests
+        self.sampling = replace(sampling, repetition_penalty=1.0)  # drafts know no context: it costs hits, no token
         self._entropies: list[list[float]] = [[] for _ in requests]
         self._most = 1 + (max(draft.tree.ranks) if draft.tree is not None else draft.width)
 
@@ -99,11 +100,19 @@ class ModelDrafter(History):
         running = torch.tensor([row in rows for row in range(len(self.tokens))])
         positions = torch.tensor(self.session.cache.lengths)[:, None] - 1 + trees.depths
         valid = running[:, None] & trees.real & (positions < self.session.cache.capacity)
-        valid, positions = valid[:, 1:].contiguous(), (positions * valid)[:, 1:].contiguous()
-        assert trees.ancestors is not None
-        seen = trees.ancestors[..., 1:, 1:].contiguous()  # the root is in the cache already
-        outputs = self.session.step(trees.tokens[:, 1:].contiguous(), positions, valid, seen)
+        outputs = self._evaluate(trees, positions * valid, valid)
         return {row: {node: outputs["logits"][row, node - 1] for node in drafts[row].level} for row in rows}
+
+    def _evaluate(self, trees: Trees, positions: torch.Tensor, valid: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The draft model's outputs at all nodes but the roots, which it has read already."""
+        assert trees.ancestors is not None
+        tokens, positions, valid = (each[:, 1:].contiguous() for each in (trees.tokens, positions, valid))
+        seen = trees.ancestors[..., 1:, 1:].contiguous()
+        return self.session.step(tokens, positions, valid, seen, more=self._more(trees))
+
+    def _more(self, trees: Trees) -> Mapping[str, torch.Tensor] | None:
+        """What the draft model reads beside tokens and positions at all nodes but the roots."""
+        return None
 
     def _grow(self, row: int, draft: _Draft, behind: dict[int, torch.Tensor], depth: int) -> None:
         """One more level of a row's tree."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ class UnionDrafter(Drafter):
     def __init__(self, drafters: Sequence[Drafter], nodes: int) -> None:
         self.drafters, self.nodes = drafters, nodes
         self.harvests = any(each.harvests for each in drafters)
+        self.watches = any(each.watches for each in drafters)
 
     def begin(self, row: int, tokens: Sequence[int]) -> None:
         for each in self.drafters:
@@ -28,6 +29,10 @@ class UnionDrafter(Drafter):
         for each in self.drafters:
             if each.harvests:
                 each.harvest(row, tokens, logits)
+
+    def watch(self, row: int, outputs: Mapping[str, torch.Tensor]) -> None:
+        for each in self.drafters:
+            each.watch(row, outputs)
 
     def observe(self, row: int, verified: Verified) -> None:
         for each in self.drafters:

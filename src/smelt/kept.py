@@ -47,12 +47,15 @@ def room() -> int:
         raise SmeltError(f"SMELT_KEEP is '{asked}'; give gigabytes of disk, such as 8, or 0 to keep nothing") from fault
 
 
-def key(recipe: str, sources: Sequence[Any], calibration: Any) -> str | None:
-    """The name of a compile's entry, or None where `sources`, of model and tokenizer, are not folders to be hashed."""
+def key(recipe: str, sources: Sequence[Any], *texts: Any) -> str | None:
+    """The name of a compile's entry, or None where `sources`, of model and tokenizer, are not folders to be hashed.
+
+    `texts` are what it calibrates and trains on, or None.
+    """
     if room() <= 0 or not all(isinstance(source, str | Path) and Path(source).is_dir() for source in sources):
         return None
     digest = hashlib.sha256()
-    for piece in (code_digest(), recipe, *_calibration(calibration)):
+    for piece in (code_digest(), recipe, *(piece for text in texts for piece in ("text", *_content(text)))):
         digest.update(piece.encode() + b"\0")
     for folder in dict.fromkeys(map(Path, sources)):
         inside = folder.rglob("*") if is_onnx(folder) else folder.iterdir()  # an .onnx may name data in subfolders
@@ -82,13 +85,34 @@ def keep(name: str, program: Program, facts: Mapping[str, Any], report: Report) 
     if program.nbytes > room() or shutil.disk_usage(_existing(_folder())).free < 2 * program.nbytes:
         return
     artefact.save(_folder() / name, program, {}, {**facts, "report": report.to_dict()})
-    entries = sorted((path for path in _folder().iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
-    for path in entries[:-1]:
-        if sum(sizes.values()) <= room():
+    trim(_folder())
+
+
+def trim(folder: Path) -> None:
+    """Drop the oldest of the folders in there that fill more than the room; the newest stays."""
+    if not folder.is_dir():
+        return
+    told = {path: _told(path) for path in folder.iterdir() if path.is_dir()}
+    there = sorted((each, path) for path, each in told.items() if each is not None)
+    total = sum(size for (_, size), _ in there)
+    for (_, size), path in there[:-1]:
+        if total <= room():
             break
         shutil.rmtree(path, ignore_errors=True)
-        sizes.pop(path)
+        total -= size
+
+
+def _told(folder: Path) -> tuple[float, int] | None:
+    """When a folder last changed, and its bytes; None if another process has moved it away meanwhile."""
+    try:
+        return folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir())
+    except FileNotFoundError:
+        return None
+
+
+def trainings() -> Path:
+    """Where trainings leave their state if nobody names a folder."""
+    return cache() / "trainings"
 
 
 def _folder() -> Path:
@@ -99,7 +123,7 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _calibration(given: Any) -> Iterator[str]:
+def _content(given: Any) -> Iterator[str]:
     if given is None:
         return
     if isinstance(given, torch.Tensor):

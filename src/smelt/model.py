@@ -6,11 +6,11 @@ import hashlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import torch
 
@@ -20,34 +20,25 @@ from .codegen.plan import Plan, Target
 from .export import Export, Progress, export_onnx
 from .inputs import check_inputs
 from .ir.cache.saved import put_back
-from .ir.errors import SmeltError, nearest
+from .ir.errors import SmeltError
 from .ir.program import Program
 from .ir.text import print_program
 from .passes import catalogue
 from .passes.report import Report
+from .request import Prompt, as_batch, request
 from .runtime import artefact
+from .runtime.align import Alignment
 from .runtime.bound import Bound, binding
-from .runtime.constraint import NAMES as CONSTRAINTS
 from .runtime.constraint import constraint
-from .runtime.generate import Decoding, Limits
 from .runtime.prefix import Prefix, Reader
 from .runtime.profile import Timing, profile
-from .runtime.sampling import Sampling
+from .runtime.search.make import writer
 from .runtime.session import Session
 from .runtime.text import Stream, Tokenizer
+from .runtime.writer import Writer
 
-Prompt: TypeAlias = str | Sequence[int] | torch.Tensor
 ROUND = 256  # tokens in which a session's context is counted, so that the next call may take it over
 KEPT = 8  # shapes of inputs whose buffers `run` keeps
-OPTIONS = (
-    "max_new_tokens",
-    "stop",
-    "eos",
-    "speculate",
-    "prefix",
-    *CONSTRAINTS,
-    *(field.name for field in fields(Sampling)),
-)
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,9 @@ class Completion:
     """One row's result: new tokens, their text (None without a tokenizer), and why it ended.
 
     `reason`: eos, length, stop, or grammar where a constraint allows nothing more.
+    `log_weight`: with constrain="reject" and a temperature, the log of an unbiased estimate of what share of the
+    model's law the grammar left along the row.
+    `others`: token ids of further answers, best first, where a search found several.
 
     A stop string is not part of the text; the token that completed it is one of the tokens.
     """
@@ -62,6 +56,8 @@ class Completion:
     tokens: list[int]
     text: str | None
     reason: str
+    log_weight: float | None = None
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,8 @@ class Compiled:
         self._decoded: dict[str, torch.Tensor] = {}
         self._bound: dict[tuple[torch.Size, ...], Bound] = {}
         self._idle: Session | None = None
+        self.alignment = Alignment()
+        """What answers drawn with constrain="align" have shown; `constrain=Alignment()` brings another one."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -127,6 +125,8 @@ class Compiled:
             session = Session(self.plan, 1, min(self.context, 4), self._decoded)
             session.prefill([[0, 0]])
             session.step(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 2))
+            for stage in range(1, 1 + len(self.plan.stages)):
+                session.bound(1, stage=stage)
 
     def profile(self, tokens: int = 1, context: int = 128) -> list[Timing]:
         """What each kernel of a decoder's step takes on this machine: calls, seconds, bytes, share of the bandwidth."""
@@ -170,12 +170,13 @@ class Compiled:
     def generate(self, prompt: Any, **options: Any) -> Any:
         """Continue text or token ids; returns the new text or ids, in a list for a list of prompts.
 
-        Options: max_new_tokens (64), temperature (0: greedy), top_k, top_p, min_p, typical_p, repetition_penalty, seed,
-        stop (strings), eos (token ids, the model's own by default), speculate (True: use the recipe's drafter; the
-        tokens are the same either way), prefix (what `read` gave: every prompt continues it), and one of json_schema
-        (a dict or text), regex and grammar (Lark's syntax), which the answer then follows.
+        Options: max_new_tokens (64), temperature (0: greedy), top_k, top_p, min_p, typical_p, repetition_penalty (by
+        default what the recipe presets), seed, stop (strings), eos (token ids, the model's own by default), speculate
+        (True: use the recipe's drafter; the tokens are the same either way), prefix (what `read` gave: every prompt
+        continues it), against (another prompt, or one for each, where the recipe contrasts prompts), and one of
+        json_schema (a dict or text), regex and grammar (Lark's syntax), which the answer then follows.
         """
-        prompts, single = _as_batch(prompt)
+        prompts, single = as_batch(prompt)
         result = self.complete(prompts, **options)
         rows = [
             row.text if isinstance(asked, str) else row.tokens for asked, row in zip(prompts, result.rows, strict=True)
@@ -194,11 +195,12 @@ class Compiled:
         self._idle = decoding.session
         rows = []
         for number, row in enumerate(decoding.rows):
+            more = decoding.log_weight(number), decoding.others(number)
             if not streams:
-                rows.append(Completion(row.tokens, None, row.reason))
+                rows.append(Completion(row.tokens, None, row.reason, *more))
                 continue
             text = "".join(pieces[number]) + streams[number].finish()
-            rows.append(Completion(row.tokens[: streams[number].count], text, row.reason))
+            rows.append(Completion(row.tokens[: streams[number].count], text, row.reason, *more))
         counts = decoding.counts
         return Generation(rows, counts.steps, counts.tokens, (ready or end) - start, end - (ready or end))
 
@@ -286,29 +288,20 @@ class Compiled:
             assets=self.assets.files, facts=facts, check=check, progress=progress, **options,
         )  # fmt: skip
 
-    def _start(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> tuple[Decoding, list[Stream], float]:
+    def _start(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> tuple[Writer, list[Stream], float]:
         """A decoding ready to run, one text stream a row where there is a tokenizer, and the time of the call."""
-        start, given = time.perf_counter(), dict(options)
-        if strange := sorted(given.keys() - set(OPTIONS)):
-            raise SmeltError(
-                f"generate: unknown option '{strange[0]}'{nearest(strange[0], OPTIONS)}; known: {', '.join(OPTIONS)}"
-            )
-        new_tokens, stop = given.pop("max_new_tokens", 64), given.pop("stop", ())
-        asked = {kind: given.pop(kind, None) for kind in CONSTRAINTS}
-        speculate, eos = given.pop("speculate", True), given.pop("eos", self.program.facts.get("eos") or ())
-        if not isinstance(new_tokens, int) or new_tokens < 1:
-            raise SmeltError(f"generate: max_new_tokens must be a whole number from 1, not {new_tokens!r}")
+        start, program = time.perf_counter(), self.program
+        asked = request(options, program.facts, program.choice)
         if isinstance(prompts, str) or not len(prompts):
             raise SmeltError("generate: give a list of prompts with at least one in it")
-        prefix = given.pop("prefix", None)
-        if prefix is not None and not isinstance(prefix, Prefix):
-            raise SmeltError(f"generate: prefix is what `read` or `load_prefix` gave, not a {type(prefix).__name__}")
+        prefix, new_tokens = asked.prefix, asked.limits.new_tokens
         if prefix is not None:
             self._reader.check(prefix)
         before = list(prefix.tokens) if prefix is not None else []
         ids = [before + self._ids(number, prompt) for number, prompt in enumerate(prompts)]
         longest = max(map(len, ids))
-        need = longest + new_tokens - 1  # the last token is not read again
+        ahead = program.choice.search.ahead if program.choice and program.choice.search else 0
+        need = longest + new_tokens - 1 + ahead  # the last token is not read again
         if (longest if self._endless else need) > self.context:
             more = "" if self._endless else f" and {new_tokens} more are asked for"
             raise SmeltError(
@@ -319,13 +312,21 @@ class Compiled:
         if prefix is not None:
             put_back(session.cache, prefix.saved)
         has_text = self.assets.folder is not None and (self.assets.folder / "tokenizer.json").is_file()
-        facts, spelled = self.program.facts, self.assets.files.get("tokenizer.json")
-        held = constraint(asked, spelled, int(facts.get("vocabulary") or 0), facts.get("eos") or ())
-        limits = Limits(new_tokens, frozenset(eos))
-        decoding = Decoding(session, ids, Sampling(**given), limits, speculate, constraint=held)
-        if stop and not has_text:
+        spelled = self.assets.files.get("tokenizer.json")
+        vocabulary, eos = int(program.facts.get("vocabulary") or 0), program.facts.get("eos") or ()
+        alignment = self.alignment if asked.alignment is None else asked.alignment
+        held = constraint(asked.constraints, spelled, vocabulary, eos, asked.constrain, alignment)
+        against = None if asked.against is None else self._others(asked.against, before, len(ids))
+        written = writer(session, ids, asked.sampling, asked.limits, asked.speculate, held, against)
+        if asked.stop and not has_text:
             raise SmeltError("generate: stop strings need the model's tokenizer: pass tokenizer=FOLDER to compile")
-        return decoding, [Stream(self.tokenizer, stop) for _ in ids] if has_text else [], start
+        return written, [Stream(self.tokenizer, asked.stop) for _ in ids] if has_text else [], start
+
+    def _others(self, given: Any, before: list[int], count: int) -> list[list[int]]:
+        """The prompts that `count` are written against; a single one is for all."""
+        others, single = as_batch(given)
+        ids = [before + self._ids(number, other) for number, other in enumerate(others)]
+        return ids * count if single else ids
 
     def _session(self, batch: int, need: int) -> Session:
         """The last finished call's session, if it fits; binding a plan anew takes as long as some tokens."""
@@ -373,19 +374,7 @@ def load(folder: str | Path, target: Target = "cpp") -> Compiled:
     return Compiled(program, facts, Assets(folder if files else None, files), target)
 
 
-def _as_batch(prompt: Any) -> tuple[list[Prompt], bool]:
-    """The prompts of a call, and whether it was a single one."""
-    if isinstance(prompt, str):
-        return [prompt], True
-    if isinstance(prompt, torch.Tensor):
-        return (list(prompt), False) if prompt.dim() == 2 else ([prompt.reshape(-1)], True)
-    items = list(prompt)
-    if not items:
-        raise SmeltError("generate: the prompt is empty; give text or at least one token id")
-    return ([items], True) if isinstance(items[0], Integral) else (items, False)
-
-
-def _push(decoding: Decoding, streams: list[Stream], number: int, tokens: list[int]) -> str:
+def _push(decoding: Writer, streams: list[Stream], number: int, tokens: list[int]) -> str:
     """The text that new tokens make certain; the row ends at a stop string."""
     if not streams:
         return ""

@@ -171,7 +171,9 @@ class Meter:
         new = min(NEW, self.compiled.context - len(self.text.prompts[0]))
         fixed: dict[str, Any] = {"max_new_tokens": new, "eos": (), "speculate": speculate}
         asked = product(self.text.prompts, REQUESTS)
-        return [self.compiled.complete([prompt], **fixed, **request) for prompt, request in asked]
+        return [
+            self.compiled.complete([prompt], **fixed, **({"temperature": 0.0} | request)) for prompt, request in asked
+        ]
 
     @cached_property
     def _generated(self) -> list[Generation]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from .ir.decode import DecodePlan
 from .ir.errors import SmeltError
-from .model import Compiled, Prompt
+from .model import Compiled
+from .request import Prompt
 
 SIZES = (0, 1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63)
 NEW = 48  # tokens of a request

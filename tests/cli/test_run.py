@@ -1,5 +1,6 @@
 """smelt run: the text is that of the API, whatever the options, and only the text goes to stdout."""
 
+import pytest
 from typer.testing import CliRunner, Result
 
 import smelt
@@ -41,6 +42,14 @@ def test_every_single_option_matters() -> None:
     plain = run(PROMPT, "--max-new-tokens", 24, "--temperature", 1.5, "--seed", 1).stdout
     for option, value in (("--top-k", 1), ("--top-p", 0.01), ("--min-p", 0.9), ("--typical-p", 0.01)):
         assert run(PROMPT, "--max-new-tokens", 24, "--temperature", 1.5, "--seed", 1, option, value).stdout != plain
+
+
+def test_an_answer_is_held_to_its_grammar_as_asked() -> None:
+    pytest.importorskip("llguidance")
+    words = PROMPT, "--max-new-tokens", 6, "--temperature", 1, "--regex", "[a-f]{3}"
+    assert run(*words, "--constrain", "reject").stdout == run(*words).stdout != run(*words[:5]).stdout
+    strange = CliRunner().invoke(app, ["run", str(tiny.artefact()), *map(str, words), "--constrain", "perhaps"])
+    assert strange.exit_code == 2 and "constrain is mask, align" in strange.output
 
 
 def test_stops_before_a_stop_string() -> None:

@@ -17,10 +17,12 @@ from smelt.recipes import load, shipped
 from smelt.texts import held_out_text, training_texts
 
 PROMPTS = [held_out_text()[at : at + 400] for at in (2000, 40000)]
+TRAINED = {"medusa-heads": "train.heads", "blockwise": "train.heads", "eagle": "train.feature"}
+SHORTENED = ("skipdecode", "ffn-skipllm")  # leave blocks out for good
 EXACT = [
     header.name
     for header in shipped()
-    if header.family == "decode" and header.name not in ("entropy-adaptive", "medusa-heads", "lantern")
+    if header.family == "decode" and header.name not in ("entropy-adaptive", "lantern", *SHORTENED, *TRAINED)
 ]
 SAMPLED = {"max_new_tokens": 32, "eos": (), "temperature": 1.0, "seed": 3}
 GREEDY = {"max_new_tokens": 32, "eos": ()}
@@ -34,13 +36,13 @@ def base() -> Compiled:
     return smelt.compile(str(smelt.reference_model()), recipe)
 
 
-def compiled(name: str) -> Compiled:
+def compiled(name: str, *overrides: str) -> Compiled:
     """What a recipe adds to inserting a cache, added to that."""
     under, samples = base(), None
-    if name == "aded":
+    if name == "aded" or overrides:
         ids = under.tokenizer.encode("".join(training_texts(200_000)))
         samples = Samples(torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256))
-    steps = [step for step in load(name, catalogue()).steps if step.name != "cache.insert"]
+    steps = [step for step in load(name, catalogue(), overrides).steps if step.name != "cache.insert"]
     made = run(under.program, steps, samples, ignore, None)
     return Compiled(made.program, {}, under.assets)
 
@@ -55,6 +57,14 @@ def test_no_token_changes_and_fewer_steps_are_taken(name: str) -> None:
         if walks or options is GREEDY:
             plain = lm.complete(PROMPTS, **options, speculate=False)
             assert [row.tokens for row in drafted.rows] == [row.tokens for row in plain.rows], options
+
+
+@pytest.mark.parametrize(("name", "step"), TRAINED.items())
+def test_drafters_that_learned_little_change_no_token(name: str, step: str) -> None:
+    lm = compiled(name, f"{step}.steps=2", f"{step}.length=32", f"{step}.checks=1")
+    for options in (GREEDY, SAMPLED):
+        drafted, plain = (lm.complete(PROMPTS, **options, speculate=speculate) for speculate in (True, False))
+        assert [row.tokens for row in drafted.rows] == [row.tokens for row in plain.rows], options
 
 
 def test_a_trusted_draft_is_no_promise() -> None:

@@ -120,8 +120,8 @@ FAULTS = {
     ),
     "unknown family": (
         "name: r\nfamily: wieghts\ndoes: x\nsteps: []\n",
-        "r.yaml:2:9: 'family' in the recipe must be weights or prune or cache or decode or tokens or attention or "
-        "train or deploy or baseline, but is \"wieghts\" (did you mean 'weights'?)",
+        "r.yaml:2:9: 'family' in the recipe must be weights or prune or cache or decode or tokens or sample or "
+        "attention or train or deploy or baseline, but is \"wieghts\" (did you mean 'weights'?)",
     ),
     "unknown gate key": (
         HEAD + "steps:\n  - cache.insert: {gate: {max_lk: 0.1}}\n",

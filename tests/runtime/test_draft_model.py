@@ -13,12 +13,12 @@ import torch
 from smelt.codegen.lower import lower
 from smelt.codegen.plan import Plan
 from smelt.ir import decode
+from smelt.ir.blocks import blocks
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.errors import SmeltError
 from smelt.ir.program import Program
 from smelt.ir.text import same_program
 from smelt.ir.verify import verify
-from smelt.passes.decode._blocks import blocks
 from smelt.passes.decode.accept import Accept
 from smelt.passes.decode.draft import Draft
 from smelt.passes.decode.relax import Relax

@@ -212,7 +212,7 @@ def test_a_token_in_a_tree_gets_the_logits_it_gets_alone(family: str, stored: st
         assert torch.equal(steps, logits[number, path])
     # a query that sees its siblings too gets other logits
     session.step(tokens, positions, None, torch.ones(len(PARENTS), len(PARENTS), dtype=torch.bool).tril())
-    assert not torch.equal(session._bound[len(PARENTS), False].outputs["logits"][:3, 2:], logits[:3, 2:])
+    assert not torch.equal(session.bound(len(PARENTS)).outputs["logits"][:3, 2:], logits[:3, 2:])
 
 
 @pytest.mark.parametrize(("stored", "bits"), [("dense", None), ("halves", 4), ("coded", 4), ("selected", None)])
@@ -235,22 +235,22 @@ def test_a_step_allocates_nothing(stored: str, bits: int | None) -> None:
     events = recorded.profiler.kineto_results.events()
     given = sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
     assert session.cache.lengths == [24] and 0 < given < 4 * 64
-    logits = session._bound[1, False].outputs["logits"]
+    logits = session.bound(1).outputs["logits"]
     session.step(token, position)
-    assert session._bound[1, False].outputs["logits"] is logits
+    assert session.bound(1).outputs["logits"] is logits
 
 
 def test_a_prompts_large_buffers_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(plan(), 1, 600)
     session.prefill([prompt(520)])
-    assert list(session._bound) == [(512, True), (8, True)]
+    assert list(session._bound) == [(512, True, 0), (8, True, 0)]
     held = [bound.nbytes for bound in session._bound.values()]
     monkeypatch.setattr(session_module, "HELD", sum(held) // 2)
     session.cache.restart()
     session.prefill([prompt(520)])
-    assert list(session._bound) == [(8, True)]
+    assert list(session._bound) == [(8, True, 0)]
     session.step(torch.tensor([[1]]), torch.tensor([[520]]))
-    assert list(session._bound) == [(8, True), (1, False)]
+    assert list(session._bound) == [(8, True, 0), (1, False, 0)]
 
 
 def test_the_context_ends() -> None:

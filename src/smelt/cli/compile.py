@@ -26,6 +26,13 @@ def compile_(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe by name, or a YAML file.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the artefact.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file for steps that look at data.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Text file for steps that train; else the calibration text.")
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder where trainings leave their state and take it up again."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="K=V", help="Change an option: cache.encode.tail=128.")
     ] = None,
@@ -58,6 +65,7 @@ def compile_(
     smelt compile ./llama finequant -o llama.smelt
     smelt compile ./llama all-four -o llama.smelt --calibration text.txt
     smelt compile ./llama ./mine.yaml -o out.smelt --set cache.encode.tail=128
+    smelt compile ./llama medusa-heads -o fast.smelt --train corpus.txt --checkpoints ./training
     smelt compile ./llama all-four --calibration text.txt --bisect
     """
     with waiting("loading", quiet=bool(os.environ.get("SMELT_DEBUG"))) as line:
@@ -70,14 +78,14 @@ def compile_(
             raise SmeltError("nowhere to write: name a folder with -o OUT")
         if out is not None:
             check_output(out)
-        resolved = _recipe(recipe, settings or [], print_after or [], stop_after, calibration)
+        resolved = _recipe(recipe, settings or [], print_after or [], stop_after, calibration, train, checkpoints)
         line.say(f"capturing {model}")
         graphs: list[tuple[str, str]] = []
         if out is None or bisect:
-            found = _bisect(model, resolved, calibration, stop_after, max_kl, line.tell)
+            found = _bisect(model, resolved, calibration, train, checkpoints, stop_after, max_kl, line.tell)
         else:
             compiled = _write(
-                out, model, resolved, calibration, stop_after, target, no_fallback,
+                out, model, resolved, calibration, train, checkpoints, stop_after, target, no_fallback,
                 _listener(line.tell, print_after or [], graphs), keep_failed, bool(print_after or debug.level()), draft,
             )  # fmt: skip
     if out is None or bisect:
@@ -87,7 +95,13 @@ def compile_(
 
 
 def _recipe(
-    recipe: str, settings: list[str], print_after: list[str], stop_after: str | None, calibration: Path | None
+    recipe: str,
+    settings: list[str],
+    print_after: list[str],
+    stop_after: str | None,
+    calibration: Path | None,
+    train: Path | None,
+    checkpoints: Path | None,
 ) -> Recipe:
     """The resolved recipe; whatever can be told to be wrong before the model is read is told here."""
     from ..ir.errors import SmeltError, nearest
@@ -99,10 +113,15 @@ def _recipe(
     for name in (*print_after, *([stop_after] if stop_after else [])):
         if name not in names:
             raise SmeltError(f"no step is named '{name}'{nearest(name, names)}; steps: {', '.join(names)}")
-    if calibration is not None and not calibration.is_file():
-        raise SmeltError(f"{calibration}: no such file; --calibration takes a text file")
-    if calibration is None and resolved.needs.calibration == "text":
-        raise SmeltError(f"the recipe {resolved.name} calibrates on sample texts: give some with --calibration FILE")
+    for option, text in (("--calibration", calibration), ("--train", train)):
+        if text is not None and not text.is_file():
+            raise SmeltError(f"{text}: no such file; {option} takes a text file")
+    trains = any(step.pass_name.startswith("train.") for step in resolved.steps)
+    if not trains and (train is not None or checkpoints is not None):
+        raise SmeltError(f"the recipe {resolved.name} trains nothing: leave out --train and --checkpoints")
+    if calibration is None and train is None and resolved.needs.calibration == "text":
+        verb, option = ("trains", "--train FILE or --calibration") if trains else ("calibrates", "--calibration")
+        raise SmeltError(f"the recipe {resolved.name} {verb} on sample texts: give some with {option} FILE")
     return resolved
 
 
@@ -111,6 +130,8 @@ def _write(
     model: str,
     recipe: Recipe,
     calibration: Path | None,
+    train: Path | None,
+    checkpoints: Path | None,
     stop_after: str | None,
     target: str,
     no_fallback: bool,
@@ -126,7 +147,8 @@ def _write(
 
     with _last_graph(Path(f"{out}.failed.txt") if keep_failed else None):
         compiled = compile_model(
-            model, recipe, calibration=calibration, target=target, fallback=not no_fallback,  # type: ignore[arg-type]
+            model, recipe, calibration=calibration, train=train, checkpoints=checkpoints,
+            target=target, fallback=not no_fallback,  # type: ignore[arg-type]
             listen=listen, stop_after=stop_after, anew=anew, draft=draft,
         )  # fmt: skip
     debug.tell_kernels(compiled.plan)
@@ -175,22 +197,24 @@ def _bisect(
     model: str,
     recipe: Recipe,
     calibration: Path | None,
+    train: Path | None,
+    checkpoints: Path | None,
     stop_after: str | None,
     max_kl: float,
     listen: Callable[[Event], None],
 ) -> Bisection:
     from ..assets import model_assets
-    from ..compiler import _samples
     from ..ir.capture import capture
     from ..ir.shapes import derive
     from ..passes.bisect import bisect
+    from ..samples import samples
 
     program = capture(model)
     derive(program)
-    samples = _samples(calibration, model_assets(model).folder, program.facts)
+    given = samples(calibration, train, model_assets(model).folder, program.facts, checkpoints)
     names = [step.name for step in recipe.steps]
     steps = recipe.steps[: names.index(stop_after) + 1] if stop_after else recipe.steps
-    return bisect(program, steps, samples, max_kl, listen)
+    return bisect(program, steps, given, max_kl, listen)
 
 
 def _tell_bisection(found: Bisection, json: bool) -> None:

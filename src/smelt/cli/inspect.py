@@ -101,6 +101,8 @@ def _sizes(program: Program) -> dict[str, Any]:
         "cache_bytes": None if cache is None else math.ceil(float(cache.bits(CONTEXT)) / 8),
         "cache": None if cache is None else cache.to_dict(),
         "decode": None if program.decode is None else program.decode.to_dict(),
+        "choice": None if program.choice is None else program.choice.to_dict(),
+        "depth": None if program.depth is None else _stages(program),
         "drafted": None if program.decode is None else _drafted(program.decode),
         "draft": None if program.draft is None else {"name": program.draft.name, "bytes": _own(program)},
     }
@@ -111,6 +113,15 @@ def _drafted(plan: DecodePlan) -> str:
 
     law = {"exact": "exact", "bounded": "with a bound", "unbounded": "not the model's law"}[plan.accept.law]
     return f"{' and '.join(map(kind, plan.draft.parts))}, {plan.draft.most} tokens a step at most, {law}"
+
+
+def _stages(program: Program) -> dict[str, int]:
+    """Bytes of the weights that a step reads, by the generated token from which on it does."""
+    from ..ir.blocks import stages
+
+    starts = [stage.start for stage in program.depth.stages] if program.depth is not None else []
+    read = [sum(weight.nbytes for weight in shallow.weights.values()) for shallow in stages(program)]
+    return {str(start): nbytes for start, nbytes in zip(starts, read, strict=True)}
 
 
 def _own(program: Program) -> int:
@@ -160,6 +171,11 @@ def _tell(told: dict[str, Any]) -> None:
         print(f"cache: {bits} bits a value, {size(told['cache_bytes'])} at {CONTEXT} tokens")
     if told["decode"] is not None:
         print(f"speculation: {told['drafted']}")
+    if told["choice"] is not None:
+        print(f"choice: {_chosen(told['choice'])}")
+    if told["depth"] is not None:
+        stages = [f"from token {start} on {size(nbytes)}" for start, nbytes in told["depth"].items()]
+        print(f"weights that a step reads: {', '.join(stages)}")
     if told["certificate"] is not None:
         proved = told["certificate"]
         print(f"certificate: {proved['equal']} of {proved['asked']} requests equal plain decoding ({proved['date']})")
@@ -170,6 +186,19 @@ def _tell(told: dict[str, Any]) -> None:
     if "cost_of_a_token" in told:
         work = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in told["cost_of_a_token"].items())
         print(f"  one token at {CONTEXT}: {work}")
+
+
+def _chosen(choice: dict[str, Any]) -> str:
+    """`contrastive search (candidates 4, alpha 0.6), temperature 1 by default`."""
+    preset = ", ".join(f"{name} {value:g}" for name, value in choice.get("preset", {}).items())
+    search = dict(choice.get("search", {}))
+    parts = []
+    if name := search.pop("kind", ""):
+        shown = ", ".join(f"{key} {value}" for key, value in search.items() if not isinstance(value, list))
+        parts.append(f"{name} search ({shown})")
+    if held := choice.get("constrain"):
+        parts.append(f"grammars by {held}")
+    return ", ".join([*parts, *([f"{preset} by default"] if preset else [])])
 
 
 def _bits(row: dict[str, int]) -> str:

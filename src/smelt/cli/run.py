@@ -15,8 +15,8 @@ from .show import note, size, waiting
 
 if TYPE_CHECKING:
     from ..model import Compiled
-    from ..runtime.generate import Decoding
     from ..runtime.text import Stream
+    from ..runtime.writer import Writer
 
 USUAL = 256
 
@@ -27,17 +27,25 @@ def run(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Most tokens to make; default: 256, or what the context leaves.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass; 1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Least probability, relative to the likeliest; 0 is off.")] = 0.0,
-    typical_p: Annotated[float, typer.Option(help="Mass of the most typical tokens; 1 is off.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what stands already.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. This and what follows: by default the recipe's.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this mass; 1 is off.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least probability, relative to the likeliest; 0 is off.")] = None,
+    typical_p: Annotated[float | None, typer.Option(help="Mass of the most typical tokens; 1 is off.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: less of what stands already.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     json_schema: Annotated[Path | None, typer.Option(help="File of a JSON schema that the answer follows.")] = None,
     regex: Annotated[str | None, typer.Option(help="Regular expression that the answer matches.")] = None,
     grammar: Annotated[Path | None, typer.Option(help="File of a grammar in Lark's syntax, for the answer.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another prompt, from which an artefact that contrasts prompts moves away.")
+    ] = None,
+    constrain: Annotated[
+        str | None, typer.Option(help="How the answer is held to it: mask, align or reject; by default the recipe's.")
+    ] = None,
     no_speculation: Annotated[
         bool, typer.Option("--no-speculation", help="One token a step; the text is the same.")
     ] = False,
@@ -65,19 +73,24 @@ def run(
         asked = _ids(text) if ids else compiled.tokenizer.encode(text)
         options: dict[str, Any] = {
             "max_new_tokens": _room(compiled, asked) if max_new_tokens is None else max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "typical_p": typical_p,
-            "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": tuple(stop or ()),
             "speculate": not no_speculation,
             "json_schema": _text(json_schema),
             "regex": regex,
             "grammar": _text(grammar),
+            "constrain": constrain,
+            "against": _ids(against) if ids and against is not None else against,
         }
+        shaping = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "typical_p": typical_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        options |= {name: value for name, value in shaping.items() if value is not None}
         line.say("reading the prompt")
         start = time.perf_counter()
         decoding, streams, _ = compiled._start([asked], options)
@@ -114,7 +127,7 @@ def _text(path: Path | None) -> str | None:
         raise SmeltError(f"{path}: cannot be read ({fault})") from fault
 
 
-def _pieces(decoding: Decoding, stream: Stream | None, ids: bool) -> Iterator[str]:
+def _pieces(decoding: Writer, stream: Stream | None, ids: bool) -> Iterator[str]:
     """What to print, as it is decided; at least one piece, which may be empty."""
     shown = ""
     for _, tokens in decoding.run():
@@ -146,7 +159,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _tell(compiled: Compiled, decoding: Decoding, prefill: float, decode: float) -> None:
+def _tell(compiled: Compiled, decoding: Writer, prefill: float, decode: float) -> None:
     row, counts, used = decoding.rows[0], decoding.counts, decoding.session.cache.nbytes().used
     note(f"{len(row.prompt)} tokens of prompt and the first new one in {prefill:.2f} s")
     if counts.steps:

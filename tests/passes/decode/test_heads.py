@@ -69,6 +69,25 @@ def test_a_head_is_a_residual_block_and_a_projection(cached, tokens, projection)
         assert (out[:, :, j] - without).abs().max() > 0.1
 
 
+def test_heads_may_share_a_layer_and_draft_a_chain(cached, tokens):
+    """Blockwise Parallel Decoding: x + W relu(U x), through the model's own head."""
+    ids = tokens(1, 7)
+    Heads(heads=2, width=1, nodes=2, projection="tied", shared=24, dtype="float32").apply(cached, None)
+    assert cached.decode.draft.tree.parents == (0, 0, 1)
+    layer = cached.weights["heads.layer.weight"].dense()
+    assert layer.shape == (24, 64) and layer.abs().max() > 0
+    out = run(cached, ids)
+    assert torch.equal(out["heads"], out["logits"][:, :, None].expand(-1, -1, 2, -1))
+    randomise(cached)
+    seen = []
+    out = run(cached, ids, lambda node, args, value: seen.append(args) if node.target is HEAD.target else None)["heads"]
+    (hidden, weight), layer = seen[0][:2], cached.weights["heads.layer.weight"].dense()
+    for j in range(2):
+        block = cached.weights[f"heads.{j}.block.weight"].dense()
+        torch.testing.assert_close(out[:, :, j], (hidden + (hidden @ layer.T).relu() @ block.T) @ weight.T)
+        assert (out[:, :, j] - (hidden + hidden @ layer.T @ block.T) @ weight.T).abs().max() > 0.1
+
+
 def test_weights_are_the_papers_and_of_the_asked_type(cached):
     before = set(cached.weights)
     outcome = Heads(heads=2, dtype="bfloat16").apply(cached, None)

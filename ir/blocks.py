@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import fx
 
-from ...ir.cache import CachePlan
-from ...ir.ops import ATTENTION, CACHED_ATTENTION, arguments, is_op
-from ...ir.program import Program
+from .cache.plan import CachePlan
+from .depth import Stage
+from .ops import ATTENTION, CACHED_ATTENTION, arguments, is_op
+from .program import Program
 
 ADD = torch.ops.aten.add.Tensor
 
@@ -23,6 +25,13 @@ class Block:
     stream: int
     kind: Literal["attention", "feedforward"]
     layer: int
+
+    @property
+    def input(self) -> fx.Node:
+        """The stream in front of the block."""
+        stream = self.add.args[self.stream]
+        assert isinstance(stream, fx.Node)
+        return stream
 
 
 def blocks(program: Program) -> list[Block]:
@@ -53,16 +62,38 @@ def blocks(program: Program) -> list[Block]:
     return found
 
 
-def without(program: Program, left_out: list[Block]) -> None:
+def without(program: Program, left_out: Iterable[Block]) -> None:
     """Take blocks out of a program, their weights and cache sites too."""
-    for block in left_out:
-        stream = block.add.args[block.stream]
-        assert isinstance(stream, fx.Node)
-        block.add.replace_all_uses_with(stream)
-        program.graph.erase_node(block.add)
-    program.prune()
+    _take_out(program, left_out)
     if program.cache is not None:
-        layers = {arguments(node)["layer"] for node in program.calls(CACHED_ATTENTION)}
+        layers = attended(program)
         sites = tuple(site for site in program.cache.sites if site.layer in layers)
         tables = {name: t for name, t in program.cache.tables.items() if int(name.split(".")[0]) in layers}
         program.cache = CachePlan(sites).with_tables(tables) if tables else CachePlan(sites)
+
+
+def stages(program: Program) -> list[Program]:
+    """What a program with a depth plan runs in each stage; weights and the cache plan are its own."""
+    out = []
+    for stage in program.depth.stages if program.depth is not None else ():
+        shallow = replace(program, draft=None, depth=None).fork()
+        _take_out(shallow, [block for block in blocks(shallow) if rests(stage, block)])
+        out.append(shallow)
+    return out
+
+
+def rests(stage: Stage, block: Block) -> bool:
+    """Whether a stage leaves a block out."""
+    return block.layer in (stage.attention if block.kind == "attention" else stage.feedforward)
+
+
+def attended(program: Program) -> frozenset[int]:
+    """The cache sites that a program reads, by layer."""
+    return frozenset(int(arguments(node)["layer"]) for node in program.calls(CACHED_ATTENTION))
+
+
+def _take_out(program: Program, left_out: Iterable[Block]) -> None:
+    for block in left_out:
+        block.add.replace_all_uses_with(block.input)
+        program.graph.erase_node(block.add)
+    program.prune()
