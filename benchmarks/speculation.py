@@ -42,6 +42,7 @@ COUNTED = 2_000_000  # bytes of text for drafters that count
 GREEDY: dict[str, Any] = {}
 SEEDS = (1, 2, 3)
 ROWS = 8  # prompts of a batch
+PARTS = ("equality", "speed", "peers")
 REQUESTS: tuple[dict[str, Any], ...] = (GREEDY, *({"temperature": 1.0, "seed": seed} for seed in SEEDS))
 
 
@@ -170,26 +171,30 @@ def transformers_lookup(model: str, prompts: Sequence[Sequence[int]], new: int, 
 def main() -> int:
     """Exit code 1 if some recipe that promises equality does not keep it."""
     options = _options()
-    model = str(options.model)
-    names = options.recipes or [h.name for h in shipped() if h.family == "decode" or h.name == "joined-drafts"]
-    rows: dict[str, dict[str, Any]] = {}
-    texts = training_texts(COUNTED)
+    model, texts = str(options.model), training_texts(COUNTED)
+    place = options.results / f"speculation-{datetime.date.today().isoformat()}.json"
+    before = json.loads(place.read_text()) if options.add and place.is_file() else {}
+    rows: dict[str, dict[str, Any]] = before.get("rows", {})
     prompts: list[list[int]] = []
-    for name in names:
+    for name in options.recipes or _drafting():
         print(f"{name} …", file=sys.stderr, flush=True)
         compiled = smelt.compile(model, name, calibration=texts)
+        if compiled.program.decode is None:  # a decoder, but no drafter
+            continue
         if not prompts:
             ids = compiled.tokenizer.encode(held_out_text())
             stride = (len(ids) - options.length) // max(1, options.prompts - 1)
             prompts = [ids[i * stride : i * stride + options.length] for i in range(options.prompts)]
-        rows[name] = {"alone": equality(compiled, prompts, options.new)}
-        rows[name] |= measure(compiled, prompts[: options.timed], options.new)
-        rows[name]["compressed"] = equality(smelt.compile(model, over(name), calibration=texts), prompts, options.new)
-    peers = (
-        {}
-        if options.no_peers
-        else {"transformers, prompt lookup": transformers_lookup(model, prompts, options.new, threads())}
-    )
+        row = rows.setdefault(name, {})
+        if "equality" in options.parts:
+            row["alone"] = equality(compiled, prompts, options.new)
+            compressed = smelt.compile(model, over(name), calibration=texts)
+            row["compressed"] = equality(compressed, prompts, options.new)
+        if "speed" in options.parts:
+            row |= measure(compiled, prompts[: options.timed], options.new)
+    peers = before.get("peers", {})
+    if "peers" in options.parts:
+        peers["transformers, prompt lookup"] = transformers_lookup(model, prompts, options.new, threads())
     _tell(rows, peers)
     facts = {
         "date": datetime.date.today().isoformat(),
@@ -202,10 +207,14 @@ def main() -> int:
         "torch": torch.__version__,
         "smelt": smelt.__version__,
     }
-    place = options.results / f"speculation-{facts['date']}.json"
-    place.write_text(json.dumps({**facts, "rows": rows, "peers": peers}, indent=1) + "\n")
-    held = [row[kind] for row in rows.values() for kind in ("alone", "compressed")]
+    place.write_text(json.dumps({**before, **facts, "rows": rows, "peers": peers}, indent=1) + "\n")
+    held = [row[kind] for row in rows.values() for kind in ("alone", "compressed") if kind in row]
     return int(any(each["equal"] != each["asked"] for each in held))
+
+
+def _drafting() -> list[str]:
+    """The recipes that train nothing: those that train take minutes each, and are named to be measured."""
+    return [*(h.name for h in shipped() if h.family == "decode" and not h.needs.training), "joined-drafts"]
 
 
 def _tell(rows: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -223,10 +232,14 @@ def _tell(rows: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Mapping[str
     ):
         table.add_column(header, justify="left" if header == "recipe" else "right")
     for name, row in rows.items():
+        equal = [f"{row[k]['equal']}/{row[k]['asked']}" if k in row else "" for k in ("alone", "compressed")]
+        if "greedy" not in row:
+            table.add_row(name, *equal)
+            continue
         greedy, sampled = row["greedy"], row["sampled"]
         table.add_row(
             name,
-            *(f"{row[kind]['equal']}/{row[kind]['asked']}" for kind in ("alone", "compressed")),
+            *equal,
             f"{greedy['tokens_per_step']:.2f}",
             f"× {greedy['speedup']:.2f}",
             f"{greedy['tokens_per_second']:.0f}",
@@ -247,7 +260,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--timed", type=int, default=20, help="prompts of the timed part")
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--add", action="store_true", help="keep what today's JSON holds and is not measured again")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args()
 

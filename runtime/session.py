@@ -86,7 +86,10 @@ class Session:
         last: dict[str, torch.Tensor] = {}
         self._prompts = None
         if self.cache.resting:
-            raise SmeltError("blocks were left out of tokens in the cache, which a prompt behind them cannot attend to")
+            raise SmeltError(
+                "blocks were left out of tokens in the cache, which a prompt behind them cannot attend to: restart the "
+                "cache and read all text as one prompt, or compile without the step that leaves them out"
+            )
         if not self.cache.prefilling:
             self._read_whole(prompts, last, harvest, watch)
         elif end:

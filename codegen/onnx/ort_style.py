@@ -45,7 +45,10 @@ class Ort:
         made = {}
         for name, node in places.items():
             if name not in names:
-                raise SmeltError(f"{program.name}: onnxruntime-genai has no input '{name}'; use style standard")
+                raise SmeltError(
+                    f"{program.name}: onnxruntime-genai has no input '{name}': compile without the step that adds it "
+                    "(such as sample.superposed), or run the artefact with smelt"
+                )
             shape = node.meta["shape"]
             made[name] = Value(builder.input(names[name], whole, shape), shape, torch.int64)
         batch = made["tokens"].shape[0]  # type: ignore[index]  # [B, T]

@@ -28,7 +28,11 @@ LENGTHS, COUNTS = "lengths", "counts"
 def inputs(builder: Builder, program: Program, places: Mapping[str, fx.Node]) -> dict[str, Value]:
     """Inputs `tokens`, `counts`, `past.lengths` and every site's buffers; what the Program's inputs are."""
     if set(places) != {"tokens", "positions"}:
-        raise SmeltError(f"{program.name}: a decoder that reads {', '.join(places)} does not export with its cache")
+        raise SmeltError(
+            f"{program.name}: with its cache a decoder exports that reads tokens and positions, not "
+            f"{', '.join(places)}: compile without the step that adds inputs (such as sample.superposed), or run the "
+            "artefact with smelt"
+        )
     int64 = onnx_type(torch.int64)
     meta = places["tokens"].meta
     tokens = Value(builder.input("tokens", int64, ("B", "T")), meta["shape"], meta["dtype"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Preset:
         above = {"typical_p", "repetition_penalty"}
         shares = {"top_p", "min_p", "typical_p"}
         for name, value in self.options.items():
-            if value < 0 or (name in above and not value) or (name in shares and value > 1) or value == float("inf"):
+            if not 0 <= value < math.inf or (name in above and not value) or (name in shares and value > 1):
                 raise SmeltError(f"{name} must be {_RANGES[name]}, not {value}")
 
     @property

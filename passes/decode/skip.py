@@ -49,7 +49,8 @@ class Skip(Pass):
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Add the draft model; the model itself stays as it is."""
-        draft = replace(program.fork(), name=f"{program.name}, some layers left out", decode=None, draft=None)
+        draft = replace(program.fork(), decode=None, draft=None, choice=None, depth=None)
+        draft.name = f"{program.name}, some layers left out"
         found = blocks(draft)
         layers = self._layers(1 + max(block.layer for block in found))
         out = [

@@ -54,6 +54,9 @@ def searchable(program: Program) -> Iterator[str]:
     if program.choice is not None and program.choice.search is not None:
         since = program.changed_by("choice")
         yield f"{program.name} already searches by {program.choice.name}{since}: keep one of the two steps"
+    if program.choice is not None and program.choice.constrain != "mask":
+        held = f"{program.choice.constrain}{program.changed_by('choice')}"
+        yield f"{program.name} holds answers to grammars by {held}, and a search by mask: keep one of the two steps"
     if program.decode is not None:
         drafts = " and ".join(kind_of_draft(part) for part in program.decode.draft.parts)
         since = program.changed_by("decode")

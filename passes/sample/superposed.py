@@ -78,17 +78,20 @@ class Superposed(Searching):
 def mix(program: Program, names: tuple[str, ...]) -> None:
     """Read x + Σ share (y - x) in the place of the embedding x of a token; y are those of the tokens `beside`.
 
-    Inputs that a caller leaves out are zeros, so that the shares are.
+    Inputs that a caller leaves out are zeros, so that the shares are. A share is as wide as the embedding, if there is
+    one width: kernels of one shape go together.
     """
     graph = program.graph
     places = list(graph.find_nodes(op="placeholder"))
     looked = [node for node in program.calls(EMBEDDING) if arguments(node)["ids"].target == "tokens"]
+    widths = {int(node.meta["shape"][-1]) for node in looked}
+    width = widths.pop() if len(widths) == 1 else 1
     told = dict(program.facts.get("inputs") or {})
     with graph.inserting_after(places[-1]):
         made = {name: graph.placeholder(name) for name in reversed(names)}
     for name in names:
         ids = name.startswith("beside")
-        shape, dtype = ["B", "T", *([] if ids else [1])], "int64" if ids else "float32"
+        shape, dtype = ["B", "T", *([] if ids else [width])], "int64" if ids else "float32"
         told[name] = {"shape": shape, "dtype": dtype, "optional": True}
     program.facts["inputs"] = told
     for node in looked:

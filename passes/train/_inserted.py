@@ -19,7 +19,7 @@ from ._split import trunk
 
 LIKELY = 8  # tokens of the model's law that are learned; what is left of it is left out
 AT_ONCE = 4  # windows that are measured together
-PLACES = 32  # of a held-out window, evenly spread
+PLACES = 16  # of a held-out window, evenly spread
 
 
 @dataclass
@@ -148,7 +148,8 @@ class Inserted:
         layers = [int(name.removeprefix("key.")) for name in said if name.startswith("key.")]
         keys, values = ({layer: said[f"{kind}.{layer}"] for layer in layers} for kind in ("key", "value"))
         inputs = {"tokens": (self.vocabulary + number).expand(n, -1), "positions": positions}
-        return interpret(self.part, inputs, Beside(keys, values, back))["state"].unflatten(1, (count, m))
+        state: torch.Tensor = interpret(self.part, inputs, Beside(keys, values, back))["state"]
+        return state.view(n, count, m, -1)
 
     def _spread(self, windows: torch.Tensor) -> torch.Tensor:
         last = self.held.tokens.shape[1] - self.prompts - 1

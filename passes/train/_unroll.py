@@ -190,7 +190,7 @@ def _fit(program: Program, tokens: torch.Tensor, weights: Mapping[str, torch.Ten
     given = torch.cat(sides, -1).flatten(0, 1).double()
     wanted = text["stream"][:, 1:].flatten(0, 1).double()
     square = given.T @ given
-    ridge = 1e-3 * square.diagonal()  # of each input's own size
+    ridge = 1e-3 * square.diagonal().clamp_min(1e-6)  # of each input's own size; some may always be zero
     solved = torch.linalg.solve(square + ridge.diag(), given.T @ wanted).T.float()
     width = wanted.shape[-1]
     weights[f"{PROJECTION}.token"].copy_(solved[:, :width])

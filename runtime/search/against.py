@@ -67,13 +67,8 @@ class AgainstSearcher(Searcher[Against]):
             raise SmeltError(
                 f"generate: {len(self.rows)} prompts need as many others to be written against, not {len(self._others)}"
             )
-        context = self.session.plan.program.facts.get("context")
+        self.check_context("against", self._others, self.session.plan)
         for number, other in enumerate(self._others):
-            if context is not None and len(other) + self.limits.new_tokens - 1 > context:
-                raise SmeltError(
-                    f"generate: against {number} has {len(other)} tokens and {self.limits.new_tokens} come behind it, "
-                    f"but the model's context is {context}; shorten it or max_new_tokens"
-                )
             if not other or not all(0 <= token < self.vocabulary for token in other):
                 raise SmeltError(
                     f"generate: against {number} must hold a token at least, each from 0 to {self.vocabulary - 1}"

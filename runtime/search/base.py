@@ -8,7 +8,9 @@ from typing import Generic, TypeVar
 
 import torch
 
+from ...codegen.plan import Plan
 from ...ir.choice import Search
+from ...ir.errors import SmeltError
 from ..constraint import Constraint
 from ..sampling import Sampling
 from ..session import Session
@@ -102,6 +104,17 @@ class Searcher(Writer, Generic[Options]):
         """Logits [V] of a row, behind further tokens of a trial, as constraint and options shape them."""
         paths = torch.tensor([list(path)], dtype=torch.int64) if path else None
         return self._processed(torch.tensor([number]), logits[None], paths)[0]
+
+    def check_context(self, what: str, texts: Sequence[Sequence[int]], plan: Plan) -> None:
+        """Raises SmeltError for texts, called `what`, that a plan's model cannot hold with an answer behind them."""
+        context, cache = plan.program.facts.get("context"), plan.program.cache
+        new = 1 if cache is not None and cache.endless else self.limits.new_tokens
+        for number, text in enumerate(texts):
+            if context is not None and len(text) + new - 1 > context:
+                raise SmeltError(
+                    f"generate: {what} {number} has {len(text)} tokens and {self.limits.new_tokens} come behind it, "
+                    f"but the context of {plan.program.name} is {context}; shorten it or max_new_tokens"
+                )
 
     def _read(self) -> None:
         """Read what the cache does not hold of rows that go on."""

@@ -44,6 +44,7 @@ class CascadeSearcher(Drawn):
             raise SmeltError("the choice plan cascades, but the program has no draft model")
         if any(session.cache.lengths):
             raise SmeltError("generate: a cascade's draft model has not read the prefix: give the prompt as a whole")
+        self.check_context("for the draft model prompt", prompts, session.plan.draft)
         small = Session(session.plan.draft, len(prompts), session.cache.capacity)
         self._small = Drawn(search, small, prompts, *rest, **options)
 

@@ -51,6 +51,6 @@ def writer(
     if plan is None or plan.search is None:
         return Decoding(session, prompts, sampling, limits, speculate, constraint=constraint)
     if constraint is not None and constraint.by != "mask":
-        raise SmeltError(f"generate: {plan.name} search is held to a grammar by mask, not by {constraint.by}")
+        raise SmeltError(f"generate: {plan.name} search is held to a grammar by mask: pass constrain='mask'")
     more: dict[str, Any] = {"against": against} if contrasts else {}
     return KINDS[type(plan.search)](plan.search, session, prompts, sampling, limits, constraint=constraint, **more)

@@ -139,6 +139,12 @@ class Compiled:
         """Most tokens of prompt and answer together."""
         return int(self.program.facts.get("context") or 1 << 17)
 
+    @property
+    def ahead(self) -> int:
+        """Tokens of the context that a search looks ahead beyond prompt and answer."""
+        choice = self.program.choice
+        return choice.search.ahead if choice is not None and choice.search is not None else 0
+
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Named outputs of an encoder or plain module for named inputs, as tensors of the caller's own.
 
@@ -174,7 +180,8 @@ class Compiled:
         default what the recipe presets), seed, stop (strings), eos (token ids, the model's own by default), speculate
         (True: use the recipe's drafter; the tokens are the same either way), prefix (what `read` gave: every prompt
         continues it), against (another prompt, or one for each, where the recipe contrasts prompts), and one of
-        json_schema (a dict or text), regex and grammar (Lark's syntax), which the answer then follows.
+        json_schema (a dict or text), regex and grammar (Lark's syntax), which the answer then follows, held to it as
+        constrain says (mask, align, an Alignment, or reject; by default the recipe's way).
         """
         prompts, single = as_batch(prompt)
         result = self.complete(prompts, **options)
@@ -300,10 +307,10 @@ class Compiled:
         before = list(prefix.tokens) if prefix is not None else []
         ids = [before + self._ids(number, prompt) for number, prompt in enumerate(prompts)]
         longest = max(map(len, ids))
-        ahead = program.choice.search.ahead if program.choice and program.choice.search else 0
-        need = longest + new_tokens - 1 + ahead  # the last token is not read again
+        need = longest + new_tokens - 1 + self.ahead  # the last token is not read again
         if (longest if self._endless else need) > self.context:
             more = "" if self._endless else f" and {new_tokens} more are asked for"
+            more += f", behind which the search looks {self.ahead} ahead" if self.ahead and more else ""
             raise SmeltError(
                 f"generate: the longest prompt has {longest} tokens{more}, but the model's context is {self.context}; "
                 f"shorten the prompt{'' if self._endless else ' or max_new_tokens'}"

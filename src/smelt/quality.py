@@ -168,7 +168,7 @@ class Meter:
 
     def _generate(self, speculate: bool) -> list[Generation]:
         """Every prompt with each of REQUESTS, one at a time."""
-        new = min(NEW, self.compiled.context - len(self.text.prompts[0]))
+        new = min(NEW, self.compiled.context - self.compiled.ahead - len(self.text.prompts[0]))
         fixed: dict[str, Any] = {"max_new_tokens": new, "eos": (), "speculate": speculate}
         asked = product(self.text.prompts, REQUESTS)
         return [

@@ -18,7 +18,9 @@ from smelt.cli import app
 from smelt.codegen.onnx import export
 from smelt.ir.encoding.base import Encoding, Parts
 from smelt.ir.errors import SmeltError
+from smelt.ir.shapes import derive
 from smelt.ir.weight import Weight
+from smelt.passes.sample.superposed import Superposed
 
 from .. import tiny
 from ..ir.programs import affine_layer, captured, one_call
@@ -73,6 +75,15 @@ def test_a_cache_that_onnx_cannot_encode_is_refused(tmp_path: Path) -> None:
         export(decoder("qwen3", tail=8, page=8, keys=Doubled()), tmp_path / "out")
     with pytest.raises(SmeltError, match="bfloat16"):
         export(decoder("qwen3", dense="bfloat16"), tmp_path / "out")
+
+
+def test_inputs_that_a_search_writes_are_refused_in_every_style(tmp_path: Path) -> None:
+    program = decoder("qwen3")
+    Superposed(drafts=2, alpha=0.0).apply(program, None)
+    derive(program)
+    for style in ("standard", "ort"):
+        with pytest.raises(SmeltError, match=r"beside_1.*compile without the step.*sample.superposed.*with smelt"):
+            export(program, tmp_path / "out", style)
 
 
 def test_an_op_without_form_is_named(tmp_path: Path) -> None:

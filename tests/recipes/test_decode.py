@@ -17,7 +17,7 @@ from smelt.recipes import load, shipped
 from smelt.texts import held_out_text, training_texts
 
 PROMPTS = [held_out_text()[at : at + 400] for at in (2000, 40000)]
-TRAINED = {"medusa-heads": "train.heads", "blockwise": "train.heads", "eagle": "train.feature"}
+TRAINED = {"medusa-heads": "train.heads", "blockwise": "train.heads", "eagle": "train.feature", "ppd": "train.prompts"}
 SHORTENED = ("skipdecode", "ffn-skipllm")  # leave blocks out for good
 EXACT = [
     header.name

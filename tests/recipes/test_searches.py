@@ -1,4 +1,4 @@
-"""Recipes that search, over 4-bit weights and KIVI's cache: without their options they are greedy decoding."""
+"""Recipes that search, over 4-bit weights and a cache of 8 bits: without their options they are greedy decoding."""
 
 from __future__ import annotations
 

@@ -229,6 +229,7 @@ PLANS = [
     DecodePlan(RECYCLE),
     DecodePlan(decode.Union((RECYCLE, decode.Lookup(5), decode.Suffix(), decode.Trigrams())), decode.Typical()),
     DecodePlan(decode.Lookahead(), decode.Near(top=3)),
+    DecodePlan(decode.Prompts(((0.5, 0.1), (0.3,)), 9)),
     DecodePlan(decode.Jacobi()).with_tables({"x": torch.arange(3)}),
 ]
 

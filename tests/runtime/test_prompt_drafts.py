@@ -1,9 +1,8 @@
-"""Drafts by prompt tokens: no token changes, and every guess is that of a prompt token behind the accepted text alone."""
+"""Drafts by prompt tokens: no token changes, and every guess is that of one behind the accepted text alone."""
 
 from __future__ import annotations
 
-import inspect
-import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ def plan(family: str = "llama", compressed: bool = False) -> Plan:
     return lower(drafting(family, compressed))
 
 
-def decoding(plan: Plan, sampling: Sampling, speculate: bool = True) -> Decoding:
-    session = Session(plan, len(TEXTS), max(map(len, TEXTS)) + NEW - 1)
+def decoding(plan: Plan, sampling: Sampling, speculate: bool = True, spare: int = 0) -> Decoding:
+    session = Session(plan, len(TEXTS), max(map(len, TEXTS)) + NEW - 1 + spare)
     return Decoding(session, TEXTS, sampling, Limits(NEW), speculate)
 
 
@@ -83,7 +82,7 @@ def test_no_token_changes(family: str, compressed: bool) -> None:
 
 def wrong(program: Program) -> tuple[int, int]:
     """(drafts that are not what prompt tokens behind the text guess, drafts of two places) of a generation."""
-    made, seen = decoding(lower(program), SAMPLINGS[1]), []
+    made, seen = decoding(lower(program), SAMPLINGS[1], spare=4), []  # guesses reach beyond what is written
     drafter = made.drafter
     assert drafter is not None
     propose = drafter.propose
@@ -104,11 +103,12 @@ def wrong(program: Program) -> tuple[int, int]:
         known = max(depth)
         ids = torch.tensor([[*text[:-1], *range(VOCABULARY, VOCABULARY + known)]])
         logits = interpret(program, {"tokens": ids, "positions": torch.arange(ids.shape[1])[None]})["logits"][0]
-        best = logits[len(text) - 1 :].topk(8, -1).indices.tolist()
+        best = logits[len(text) - 1 :].topk(8, -1).values
         rank: dict[int, int] = {}
         for node in range(1, len(depth)):
-            parent = draft.parents[node]
-            missed += draft.tokens[node] != best[depth[node] - 1][rank.get(parent, 0)]
+            parent, place = draft.parents[node], depth[node] - 1
+            found = logits[len(text) - 1 + place, draft.tokens[node]]
+            missed += bool((found - best[place, rank.get(parent, 0)]).abs() > 1e-4)
             rank[parent] = rank.get(parent, 0) + 1
         deep += known == 2
     return missed, deep
@@ -131,24 +131,16 @@ def test_guesses_are_those_behind_the_accepted_text(monkeypatch: pytest.MonkeyPa
         assert wrong(drafting())[0] > 0, name
 
 
-def test_fewer_rows_are_a_smaller_tree() -> None:
+def test_fewer_rows_are_a_smaller_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     made, sampling = plan(), SAMPLINGS[0]
-    program, widest = made.program, []
-    assert program.decode is not None
-    whole = program.decode
-    try:
-        for limit in (1, 4, 9):
-            object.__setattr__(whole, "limits", (limit, limit))
-            found = decoding(made, sampling)
-            assert found.drafter is not None
-            for _ in found.run():
-                widest.append(limit)
-            cuts = found.drafter._cuts  # type: ignore[attr-defined]
-            assert max(len(cut.parents) - 1 + len(cut._aside.tokens) for cut in cuts) <= limit
-            object.__setattr__(whole, "limits", None)
-            assert tokens(found) == tokens(decoded(made, sampling, speculate=False))
-    finally:
-        object.__setattr__(whole, "limits", None)
+    assert made.program.decode is not None
+    wanted, whole = tokens(decoded(made, sampling)), made.program.decode
+    for limit in (1, 4, 9):
+        monkeypatch.setattr(made.program, "decode", replace(whole, limits=(limit, limit)))
+        found = decoded(made, sampling)
+        assert found.drafter is not None and tokens(found) == wanted
+        rows = [len(cut.parents) - 1 + cut.behind[-1].stop - len(cut.parents) for cut in found.drafter._cuts]  # type: ignore[attr-defined]
+        assert limit // 2 < max(rows) <= limit
 
 
 def test_an_artefact_holds_the_prompt_tokens(tmp_path: Path) -> None:
@@ -167,11 +159,10 @@ def test_a_prompt_may_not_hold_prompt_tokens() -> None:
 
 
 def test_what_was_learned_saves_steps() -> None:
-    program = cached(captured("llama"), dense="float32")
-    Prompts(prompts=2, width=4, rows=7).apply(program, None)
-    untrained = decoded(lower(program.fork()), SAMPLINGS[0])
-    written = torch.tensor(tokens(decoded(lower(program.fork()), SAMPLINGS[0], speculate=False))).repeat(4, 1)
-    Train(steps=40, batch=4, length=NEW, rate=0.03, places=8, checks=2).apply(program, Samples(written))
+    program = drafting(rows=7)
+    before = decoded(lower(program.fork()), SAMPLINGS[0])
+    written = torch.tensor(tokens(before)).repeat(4, 1)
+    Train(steps=40, batch=4, length=NEW, rate=0.1, places=8, checks=2).apply(program, Samples(written))
     learned = decoded(lower(program), SAMPLINGS[0])
-    assert tokens(learned) == tokens(untrained)
-    assert learned.counts.steps < 0.8 * untrained.counts.steps
+    assert tokens(learned) == tokens(before)
+    assert learned.counts.steps < before.counts.steps - 2, (learned.counts, before.counts)

@@ -302,6 +302,7 @@ def test_reranking_learns_from_text_or_is_told() -> None:
         (partial(written, None, against=[[1]]), "against is for programs that contrast prompts"),
         (partial(written, Against(), against=[[1]]), "3 prompts need as many others"),
         (partial(written, Against(), against=[[1], [], [2]]), "against 1 must hold a token"),
+        (partial(written, Against(), against=[[1], [1] * 200, [2]]), "against 1 has 200 tokens and 6 come behind it"),
     ],
 )
 def test_what_means_nothing_is_refused(search: Callable[[], Any], says: str) -> None:
@@ -309,9 +310,23 @@ def test_what_means_nothing_is_refused(search: Callable[[], Any], says: str) -> 
         search()
 
 
+def test_a_draft_model_of_a_shorter_context_is_refused_where_the_answer_does_not_fit() -> None:
+    made = plan().program.fork()
+    assert made.draft is not None
+    made.choice = ChoicePlan(search=Cascade())
+    made.draft.facts["context"] = len(PROMPTS[0]) + NEW - 1
+    lowered = lower(made, "torch")
+    assert writer(Session(lowered, 1, 40), PROMPTS[:1], Sampling(), Limits(NEW))
+    with pytest.raises(SmeltError, match="draft model prompt 0 has 12 tokens and 7 come behind it, but the context of"):
+        writer(Session(lowered, 1, 40), PROMPTS[:1], Sampling(), Limits(NEW + 1))
+
+
 def test_a_cascade_needs_a_draft_model() -> None:
     assert ["must have a draft model" in why for why in CascadePass().requires(cached(captured("llama")))] == [True]
     assert not [*CascadePass().requires(program(False))]
+    held = program(False).fork()
+    held.choice = ChoicePlan(constrain="align")
+    assert ["by align, and a search by mask" in why for why in CascadePass().requires(held)] == [True]
 
 
 def test_a_call_may_bring_the_other_prompt() -> None:

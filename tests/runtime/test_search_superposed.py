@@ -36,8 +36,8 @@ from smelt.runtime.session import Session
 from smelt.runtime.writer import Limits
 
 from ..ir.programs import cached, captured
+from ..recipes.test_sample import ASKED, base, compiled, tokens
 from ..recipes.test_sample import PROMPTS as TEXTS
-from ..recipes.test_sample import base, compiled, tokens
 
 NEW, WEIGHTS = 8, (0.3, 0.2, 0.5)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2], [7, 1, 8, 2, 8, 1, 8]]
@@ -167,18 +167,13 @@ def test_over_compressed_weights_and_cache_saved_and_loaded(tmp_path: Path) -> N
     lm = over_compressed(samples)
     asked = {"max_new_tokens": 6, "eos": ()}
     made = lm.complete(TEXTS, **asked).rows
-    assert [len({tuple(row.tokens), *row.others}) for row in made] == [
-        3,
-        3,
-    ]
+    assert [len({tuple(row.tokens), *row.others}) for row in made] == [3, 3]
     lm.save(tmp_path / "out")
     back = smelt.load(tmp_path / "out", "torch")
     assert back.program.choice == lm.program.choice
     again = back.complete(TEXTS, **asked).rows
     assert [(row.tokens, row.others) for row in again] == [(row.tokens, row.others) for row in made]
-    assert (
-        tokens(lm)[0] == lm.complete(TEXTS[:1], max_new_tokens=12, eos=()).rows[0].tokens
-    )  # alone, from its first token
+    assert tokens(lm)[0] == lm.complete(TEXTS[:1], **ASKED).rows[0].tokens  # alone, from its first token
     with pytest.raises(SmeltError, match="superposed drafts cannot follow a grammar"):
         lm.complete(TEXTS, regex="[0-9]+", **asked)
     with pytest.raises(SmeltError, match="there are none: give some with --calibration"):

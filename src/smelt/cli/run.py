@@ -40,11 +40,11 @@ def run(
     json_schema: Annotated[Path | None, typer.Option(help="File of a JSON schema that the answer follows.")] = None,
     regex: Annotated[str | None, typer.Option(help="Regular expression that the answer matches.")] = None,
     grammar: Annotated[Path | None, typer.Option(help="File of a grammar in Lark's syntax, for the answer.")] = None,
+    constrain: Annotated[
+        str | None, typer.Option(help="How it is held to any of these: mask, align or reject; default: the recipe's.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="Another prompt, from which an artefact that contrasts prompts moves away.")
-    ] = None,
-    constrain: Annotated[
-        str | None, typer.Option(help="How the answer is held to it: mask, align or reject; by default the recipe's.")
     ] = None,
     no_speculation: Annotated[
         bool, typer.Option("--no-speculation", help="One token a step; the text is the same.")
@@ -142,7 +142,7 @@ def _pieces(decoding: Writer, stream: Stream | None, ids: bool) -> Iterator[str]
 
 def _room(compiled: Compiled, prompt: list[int]) -> int:
     """New tokens where nobody says how many."""
-    return max(1, min(USUAL, compiled.context + 1 - len(prompt)))
+    return max(1, min(USUAL, compiled.context + 1 - compiled.ahead - len(prompt)))
 
 
 def _ids(text: str) -> list[int]:

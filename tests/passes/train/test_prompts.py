@@ -112,7 +112,7 @@ def test_what_cannot_be_trained_is_said(cached: Program, text: Samples) -> None:
         "llama must draft by prompt tokens, but does not: put decode.prompts in front"
     ]
     Prompts(prompts=2, width=4).apply(cached, None)
-    with pytest.raises(SmeltError, match="train.prompts: windows of 3 tokens are too short; give texts .* of 4 or more"):
+    with pytest.raises(SmeltError, match=r"train\.prompts: windows of 3 tokens are too short"):
         QUICK.apply(cached, Samples(text.tokens[:, :3]))
     cached.weights[PROMPTS] = cached.weights[PROMPTS].encoded(Affine(4, 32))
     assert "must be Dense to be trained" in next(Train().requires(cached))
