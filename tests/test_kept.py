@@ -55,7 +55,7 @@ def test_another_model_recipe_or_calibration_is_compiled(model: Path, captures: 
     assert len(captures) == 2
     smelt.compile(model, "finequant", overrides=["weights.quantize.bits=8"])
     assert len(captures) == 3
-    smelt.compile(model, "none", calibration=torch.ones(1, 600, dtype=torch.int64))
+    smelt.compile(model, "none", calibration=torch.ones(3, 200, dtype=torch.int64))
     assert len(captures) == 4
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     smelt.compile(model, "none")

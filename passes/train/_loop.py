@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from ...ir.text import print_program
+from ...ir.weight import Weight
 from ..base import Pass, Samples
 from ._checkpoint import Checkpoint, State, fresh
 
@@ -136,6 +137,14 @@ def train(
     for name, value in learner.weights.items():
         value.data.copy_(state.best[name])
     return Trained(state.kept, resumed, tuple(state.curve))
+
+
+def store(learner: Learner, weights: dict[str, Weight]) -> None:
+    """Put what was learned into `weights`, each in the type it had; the learner goes on with what that left of it."""
+    for name, value in learner.weights.items():
+        old = weights[name]
+        weights[name] = replace(old, parts=old.encoding.encode(value.detach()))
+        value.data.copy_(weights[name].dense())
 
 
 def _update(

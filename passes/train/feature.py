@@ -14,7 +14,7 @@ from ..base import Effect, Exactness, Outcome, Pass, Samples, decoder_only
 from ..decode._join import exchange
 from ..decode._trees import best_tree, expected_tokens
 from ..decode.feature import FEATURES
-from ._loop import Course, identity, train
+from ._loop import Course, identity, store, train
 from ._text import windows
 from ._unroll import Unroll
 
@@ -81,10 +81,7 @@ class Feature(Pass):
         learn, held = windows(samples, self.length, self.rounds + 2, self.holdout, "train.feature")
         unroll = Unroll.of(program, learn, held, self.rounds, self.decay, self.smooth)
         went = train(unroll, len(learn), self._course(), samples, "drafter", identity(program, self, samples))
-        for name, value in unroll.weights.items():
-            old = draft.weights[name]
-            draft.weights[name] = replace(old, parts=old.encoding.encode(value.detach()))
-            value.data.copy_(draft.weights[name].dense())
+        store(unroll, draft.weights)
         draft.facts["trained"] = True
         program.touch("draft")
         model = next((p for p in plan.draft.parts if isinstance(p, decode.Model)), None) if plan else None

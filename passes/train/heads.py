@@ -14,7 +14,7 @@ from ..base import Effect, Exactness, Outcome, Pass, Samples, decoder_only
 from ..decode._join import exchange, names
 from ..decode._trees import best_tree, expected_tokens
 from ._drill import Drill, trained
-from ._loop import Course, identity, train
+from ._loop import Course, identity, store, train
 from ._text import windows
 
 
@@ -93,10 +93,7 @@ class Heads(Pass):
         before = drill.measure(draft.width)
         drill.fit()
         went = train(drill, len(learn), self._course(), samples, "heads", identity(program, self, samples))
-        for name, value in drill.weights.items():
-            old = program.weights[name]
-            program.weights[name] = replace(old, parts=old.encoding.encode(value.detach()))
-            value.data.copy_(program.weights[name].dense())
+        store(drill, program.weights)
         after = drill.measure(draft.width)
         tree = best_tree(after.hits, len(draft.tree) - 1)
         program.decode = exchange(plan, draft, replace(draft, tree=tree))

@@ -40,7 +40,7 @@ def compiled(name: str, *overrides: str) -> Compiled:
     """What a recipe adds to inserting a cache, added to that."""
     under, samples = base(), None
     if name == "aded" or overrides:
-        ids = under.tokenizer.encode("".join(training_texts(200_000)))
+        ids = under.tokenizer.encode("".join(training_texts(200_000 if name == "aded" else 40_000)))
         samples = Samples(torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256))
     steps = [step for step in load(name, catalogue(), overrides).steps if step.name != "cache.insert"]
     made = run(under.program, steps, samples, ignore, None)

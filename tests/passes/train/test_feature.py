@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-
 import pytest
 import torch
 
@@ -17,13 +14,6 @@ from smelt.passes.decode.draft import Draft
 from smelt.passes.decode.feature import Feature
 from smelt.passes.train._unroll import Unroll
 from smelt.passes.train.feature import Feature as Train
-
-
-@pytest.fixture(scope="module")
-def text() -> Samples:
-    """Source of the standard library, one byte a token."""
-    codes = [min(c, 96) for c in inspect.getsource(json.decoder).encode()]
-    return Samples(torch.tensor(codes[: len(codes) // 64 * 64]).view(-1, 64))
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """train.heads: training lowers held-out loss, is reproducible, leaves logits alone, and fits the draft tree."""
 
-import inspect
-import json
 import math
 from dataclasses import replace
 
@@ -22,13 +20,6 @@ from smelt.passes.decode.heads import Heads
 from smelt.passes.decode.recycle import Recycle
 from smelt.passes.train._drill import Drill
 from smelt.passes.train.heads import Heads as Train
-
-
-@pytest.fixture(scope="module")
-def text() -> Samples:
-    """Source of the standard library, one byte a token."""
-    codes = [min(c, 96) for c in inspect.getsource(json.decoder).encode()]
-    return Samples(torch.tensor(codes[: len(codes) // 64 * 64]).view(-1, 64))
 
 
 @pytest.fixture
