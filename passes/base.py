@@ -26,10 +26,10 @@ class Exactness(StrEnum):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where trainings leave their state: `folder`, or with `keyed` a folder in it, named by what decides each."""
+    """Where trainings leave their state: `folder`, or with `key` a folder in it, named by that and what decides it."""
 
     folder: Path
-    keyed: bool = False
+    key: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import smelt
+from smelt import kept
 from smelt.cli import app
 from smelt.ir.errors import SmeltError
 from smelt.passes.base import Checkpoints
@@ -44,7 +45,7 @@ def test_each_text_stands_in_for_the_other() -> None:
 def test_where_trainings_leave_their_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMELT_CACHE", str(tmp_path))
     for keep, asked, wanted in (
-        ("1", None, Checkpoints(tmp_path / "trainings", keyed=True)),
+        ("1", None, Checkpoints(tmp_path / "trainings", kept.code_digest())),
         ("0", None, None),
         ("0", tmp_path / "mine", Checkpoints(tmp_path / "mine")),
     ):

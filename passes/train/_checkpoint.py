@@ -81,9 +81,9 @@ class Checkpoint:
             return None
         plain = json.dumps(identity, sort_keys=True)
         folder = place.folder
-        if place.keyed:
-            folder = folder / hashlib.sha256(f"{what} {plain}".encode()).hexdigest()[:32]
-        return cls(folder, what, json.loads(plain), asked=not place.keyed)
+        if place.key is not None:
+            folder = folder / hashlib.sha256(f"{what} {place.key} {plain}".encode()).hexdigest()[:32]
+        return cls(folder, what, json.loads(plain), asked=place.key is None)
 
     @property
     def file(self) -> Path:

@@ -35,7 +35,7 @@ def samples(
     observed = None if calibration is None else _tokens(calibration, folder, facts, "calibration")
     learned = None if train is None else _tokens(train, folder, facts, "train")
     tokens = learned if observed is None else observed
-    place = Checkpoints(kept.trainings(), keyed=True) if kept.room() else None
+    place = Checkpoints(kept.trainings(), kept.code_digest()) if kept.room() else None
     if checkpoints is not None:
         place = Checkpoints(Path(checkpoints))
     return None if tokens is None else Samples(tokens, training=learned, checkpoints=place)

@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_one_in_the_cache_is_none(tmp_path: Path) -> None:
-    samples = Samples(SAMPLES.tokens, checkpoints=Checkpoints(tmp_path, keyed=True))
+    samples = Samples(SAMPLES.tokens, checkpoints=Checkpoints(tmp_path, key=""))
     train(Line(), 7, COURSE, samples, "lines", {})
     (file,) = tmp_path.glob("*/*.safetensors")
     file.write_bytes(b"x" * 100)
@@ -135,15 +135,15 @@ def test_a_damaged_one_in_the_cache_is_none(tmp_path: Path) -> None:
 
 
 def test_trainings_in_the_cache_do_not_meet(tmp_path: Path) -> None:
-    for rate in (0.1, 0.2):
-        samples = Samples(SAMPLES.tokens, checkpoints=Checkpoints(tmp_path, keyed=True))
+    for rate, code in ((0.1, "old"), (0.2, "old"), (0.1, "new")):
+        samples = Samples(SAMPLES.tokens, checkpoints=Checkpoints(tmp_path, code))
         assert train(Line(), 7, Course(2, 1, rate), samples, "lines", {"rate": rate}).resumed == 0
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SmeltError, match=r"file: the training cannot be saved"):
         learnt(tmp_path / "file")
-    nobody_asked = Samples(SAMPLES.tokens, checkpoints=Checkpoints(tmp_path / "file", keyed=True))
+    nobody_asked = Samples(SAMPLES.tokens, checkpoints=Checkpoints(tmp_path / "file", key=""))
     assert train(Line(), 7, COURSE, nobody_asked, "lines", {}).resumed == 0
