@@ -6,7 +6,7 @@ python benchmarks/speculation.py --recipes aded --prompts 20 --timed 4
 Every prompt is continued greedily and with three seeds at temperature 1, with and without speculation: in batches for
 equality, alone and over 4-bit weights and KIVI's cache; then some of them one at a time and in turns, so that whatever
 slows the machine slows both. `host` is the share of a speculative step in which no model runs: drafting, accepting,
-committing. Peers: transformers' prompt lookup on the same model.
+committing. Peers: transformers' prompt lookup on the same model. Steps are also timed at the shape of 430 M parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode import checkpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +37,7 @@ from smelt.model import Compiled
 from smelt.passes import catalogue
 from smelt.recipes import load, shipped
 from smelt.runtime.session import Session
+from smelt.runtime.text import Tokenizer
 from smelt.speed import spread
 from smelt.texts import held_out_text, training_texts
 
@@ -42,7 +46,7 @@ COUNTED = 2_000_000  # bytes of text for drafters that count
 GREEDY: dict[str, Any] = {}
 SEEDS = (1, 2, 3)
 ROWS = 8  # prompts of a batch
-PARTS = ("equality", "speed", "peers")
+PARTS = ("equality", "speed", "peers", "shape")
 REQUESTS: tuple[dict[str, Any], ...] = (GREEDY, *({"temperature": 1.0, "seed": seed} for seed in SEEDS))
 
 
@@ -139,14 +143,42 @@ def host(compiled: Compiled, prompt: Sequence[int], new: int) -> dict[str, float
         best = None
         for _ in range(3):
             spent[0] = 0.0
+            compiled.complete([list(prompt)], max_new_tokens=1, eos=(), temperature=1.0)
+            reading, spent[0] = spent[0], 0.0
             made = compiled.complete([list(prompt)], max_new_tokens=new, eos=(), temperature=1.0)
             step = made.decode_seconds / made.steps
             if best is None or step < best[0]:
-                best = step, max(0.0, 1 - spent[0] / (made.decode_seconds + made.prefill_seconds))
+                best = step, max(0.0, 1 - (spent[0] - reading) / made.decode_seconds)
     finally:
         Session.step = real  # type: ignore[method-assign]
     assert best is not None
     return {"step_ms": 1e3 * best[0], "host_share": best[1]}
+
+
+def costs(folder: Path) -> dict[str, Any]:
+    """Of the 430 M shape by w4a8: milliseconds of a step by tokens, and what drafting by recycling adds to it."""
+    checkpoint(folder)
+    base: list[dict[str, Any]] = [{"include": "w4a8"}]
+    recipe = {"name": "shape", "family": "deploy", "does": "Takes time.", "steps": base}
+    compiled = smelt.compile(str(folder), recipe)
+    prompt = list(range(5, 261))
+    session = Session(compiled.plan, 1, 512)
+    session.prefill([prompt])
+    steps = {}
+    for tokens in (1, 2, 4, 8, 16):
+        session.step(torch.zeros(1, tokens, dtype=torch.int64), len(prompt) + torch.arange(tokens)[None])
+        taken = []
+        for _ in range(30):
+            start = time.perf_counter()
+            session.bound(tokens).run()
+            taken.append(time.perf_counter() - start)
+        steps[tokens] = 1e3 * statistics.median(taken)
+    hosts = {}
+    for nodes in (3, 7):
+        steps_ = [*base, {"decode.recycle": {"width": 8, "nodes": nodes}}]
+        drafting = smelt.compile(str(folder), {**recipe, "steps": steps_})
+        hosts[nodes] = host(drafting, prompt, 64)
+    return {"step_ms": steps, "recycling": hosts}
 
 
 def transformers_lookup(model: str, prompts: Sequence[Sequence[int]], new: int, threads_: int) -> dict[str, Any]:
@@ -175,16 +207,15 @@ def main() -> int:
     place = options.results / f"speculation-{datetime.date.today().isoformat()}.json"
     before = json.loads(place.read_text()) if options.add and place.is_file() else {}
     rows: dict[str, dict[str, Any]] = before.get("rows", {})
-    prompts: list[list[int]] = []
-    for name in options.recipes or _drafting():
+    ids = Tokenizer(options.model).encode(held_out_text())
+    stride = (len(ids) - options.length) // max(1, options.prompts - 1)
+    prompts = [ids[i * stride : i * stride + options.length] for i in range(options.prompts)]
+    each = {"equality", "speed"} & set(options.parts)
+    for name in (options.recipes or _drafting()) if each else ():
         print(f"{name} …", file=sys.stderr, flush=True)
         compiled = smelt.compile(model, name, calibration=texts)
         if compiled.program.decode is None:  # a decoder, but no drafter
             continue
-        if not prompts:
-            ids = compiled.tokenizer.encode(held_out_text())
-            stride = (len(ids) - options.length) // max(1, options.prompts - 1)
-            prompts = [ids[i * stride : i * stride + options.length] for i in range(options.prompts)]
         row = rows.setdefault(name, {})
         if "equality" in options.parts:
             row["alone"] = equality(compiled, prompts, options.new)
@@ -195,6 +226,10 @@ def main() -> int:
     peers = before.get("peers", {})
     if "peers" in options.parts:
         peers["transformers, prompt lookup"] = transformers_lookup(model, prompts, options.new, threads())
+    shape = before.get("shape")
+    if "shape" in options.parts:
+        shape = costs(options.checkpoint)
+        print(json.dumps(shape, indent=1))
     _tell(rows, peers)
     facts = {
         "date": datetime.date.today().isoformat(),
@@ -207,7 +242,7 @@ def main() -> int:
         "torch": torch.__version__,
         "smelt": smelt.__version__,
     }
-    place.write_text(json.dumps({**before, **facts, "rows": rows, "peers": peers}, indent=1) + "\n")
+    place.write_text(json.dumps({**before, **facts, "rows": rows, "peers": peers, "shape": shape}, indent=1) + "\n")
     held = [row[kind] for row in rows.values() for kind in ("alone", "compressed") if kind in row]
     return int(any(each["equal"] != each["asked"] for each in held))
 
@@ -256,6 +291,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=smelt.reference_model(), help="folder of a transformers model")
     parser.add_argument("--recipes", nargs="+", metavar="NAME")
+    default = Path(tempfile.gettempdir()) / "smelt-llama-430m"
+    parser.add_argument("--checkpoint", type=Path, default=default, help="of the 430 M shape, kept between runs")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--timed", type=int, default=20, help="prompts of the timed part")
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt")

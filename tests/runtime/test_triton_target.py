@@ -240,7 +240,7 @@ def test_weights_lie_on_the_device_as_they_are_stored() -> None:
     plan = lower(program("finequant"), "triton")
     stepped(Session(plan, 1, 64), 1)
     kernels = [kernel for _, kernel in plan.regions if isinstance(kernel, ProductsKernel)]
-    stacked = [weight for kernel in kernels for weight in kernel.stacked.values()]
+    stacked = {id(weight): weight for kernel in kernels for weight in kernel.stacked.values()}.values()
     assert len(stacked) == 2  # query, key and value of two layers
     held = [
         weight.parts.held for weight in (*plan.program.weights.values(), *stacked) if isinstance(weight.parts, Placed)
