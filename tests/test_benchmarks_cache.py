@@ -168,7 +168,10 @@ def test_bars_are_judged(piece: Callable[[str], Any]) -> None:
         "broken": {"error": "cannot be compiled"},
     }
     said = list(report.lines(rows))
-    assert [line[:4] for line in said] == ["ok  ", "MISS", "ok  ", "MISS", "ok  ", "MISS"]
+    assert [line[:4] for line in said] == ["ok  ", "MISS", "ok  ", "ok  ", "MISS"]
+    assert "kivi 98.0%, kvpress Knorm 50% 70.0%" in said[2]
+    fewer = list(report.lines({**rows, "kivi": row(1.004, 0.6, 5, 55e6)}))
+    assert [line[:4] for line in fewer] == ["ok  ", "MISS", "MISS", "ok  ", "MISS"]
     assert report.table(rows, "x").row_count == len(rows)
     points = {
         "kivi": (6.4, 1e-4),
