@@ -66,7 +66,7 @@ def interpret(
             return dict(value_of(node.args[0]))
         else:
             args = value_of(node.args)
-            values[node] = _call(node, args, value_of(node.kwargs), cache)
+            values[node] = call(node, args, value_of(node.kwargs), cache)
             if watch is not None:
                 watch(node, args, values[node])
         for dead in dying.get(node, ()):
@@ -86,7 +86,8 @@ def _left_out(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str,
     }
 
 
-def _call(node: fx.Node, args: Any, kwargs: Any, cache: AttendingCache | None) -> Any:
+def call(node: fx.Node, args: Any, kwargs: Any, cache: AttendingCache | None = None) -> Any:
+    """What one call gives for the values of its arguments."""
     if node.target is CACHED_ATTENTION.target and cache is not None:
         a = dict(zip(CACHED_ATTENTION.arguments, args, strict=False)) | kwargs
         cache.append(a["layer"], a["key"], a["value"])

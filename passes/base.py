@@ -13,6 +13,8 @@ import torch
 
 from ..ir.program import Program
 
+Calibration = Literal["none", "text"]
+Clock = Callable[[Program, int], float]  # milliseconds of one decode step of a program, behind so many tokens
 Effect = Literal["numerics", "shapes", "encodings", "cache", "decode", "choice", "outputs"]
 
 
@@ -37,12 +39,15 @@ class Samples:
     """Calibration data as tokens int64 [N, T]; `progress(done, total, what)` is called by long passes.
 
     training: tokens to train on, [N, T] as well. checkpoints: where trainings can be taken up again; None: nowhere.
+    source: the program that the recipe began with. clock: times what a program compiles to; None: nothing does.
     """
 
     tokens: torch.Tensor
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
     training: torch.Tensor | None = None
     checkpoints: Checkpoints | None = None
+    source: Program | None = None
+    clock: Clock | None = None
 
     @property
     def lessons(self) -> torch.Tensor:
@@ -65,12 +70,16 @@ class Pass(ABC):
 
     `requires` yields every unmet fact as a sentence that names the site, what it must be, what it is, and (through
     `Program.changed_by`) the step that made it so. `apply` edits the Program it is given, which is a fork of its own,
-    and records what it changed in `program.origin`. `calibration`: whether it needs samples of text.
+    and records what it changed in `program.origin`.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     effects: ClassVar[frozenset[Effect]] = frozenset()
-    calibration: ClassVar[Literal["none", "text"]] = "none"
+
+    @property
+    def calibration(self) -> Calibration:
+        """Whether it needs samples of text."""
+        return "none"
 
     def requires(self, program: Program) -> Iterator[str]:
         """Facts that do not hold, as sentences; none by default."""

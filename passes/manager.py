@@ -94,7 +94,7 @@ class _Run:
     """One run: the last good Program, the reports so far, and the outputs to which the next step is compared."""
 
     def __init__(self, program: Program, samples: Samples | None, listen: Callable[[Event], None]) -> None:
-        self.program, self.listen = program, listen
+        self.program, self.source, self.listen = program, program, listen
         self.reports: list[StepReport] = []
         self.first = 1 + max((record.step for record in program.history), default=0)
         self.samples, unseen = samples, None
@@ -150,7 +150,7 @@ class _Run:
             asked(done, total, what)
             self.listen(StepProgress(attempt.number, step.name, done, total, what))
 
-        return replace(samples, progress=progress)
+        return replace(samples, progress=progress, source=self.source)
 
     def _measure(self, attempt: _Attempt) -> None:
         """Hold the pass to its effects and exactness, and record its divergence."""

@@ -18,6 +18,7 @@ from .steps import RESERVED, STEP_NAME, pass_options
 FILE = "recipe.schema.json"
 Schema = dict[str, Any]
 
+_FIELD = re.compile(r"^( *)(?:[-*] )?`?(\w+)`?(?: \([^)\n]*\))?: +(.*(?:\n\1 +\S.*)*)", re.MULTILINE)
 _RESERVED_DOCS = {
     "optional": "Whether the pass may match nothing.",
     "gate": "What the step may cost before it is undone.",
@@ -55,11 +56,15 @@ def to_text(schema: Schema) -> str:
 
 
 def documented(cls: type) -> dict[str, str]:
-    """What a docstring says of each field: `name: text`, lines that are indented deeper going on with it."""
-    text = inspect.cleandoc(cls.__doc__ or "")
+    """What docstrings say of each field: `name: text`, lines that are indented deeper going on with it.
+
+    What a class inherits is told by the class that it comes from, unless its own docstring tells it anew.
+    """
     found: dict[str, str] = {}
-    for match in re.finditer(r"^( *)(?:[-*] )?`?(\w+)`?(?: \([^)\n]*\))?: +(.*(?:\n\1 +\S.*)*)", text, re.MULTILINE):
-        found[match[2]] = " ".join(match[3].split())
+    for each in reversed(cls.__mro__):
+        text = inspect.cleandoc(each.__doc__ or "")
+        for match in _FIELD.finditer(text):
+            found[match[2]] = " ".join(match[3].split())
     return found
 
 

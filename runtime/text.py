@@ -152,6 +152,11 @@ class Stream:
         """Takes in one id or several; returns the text that is now certain. Nothing is taken in after a stop."""
         return "".join(self._push(i) for i in ([ids] if isinstance(ids, int) else ids))
 
+    def ends(self, ids: Iterable[int]) -> bool:
+        """Takes ids in as well, and says whether a stop string has ended the text."""
+        self.push(ids)
+        return self.stopped is not None
+
     def finish(self) -> str:
         """The text held back, once no more ids will come: an incomplete character, the beginning of a stop string."""
         if self.stopped is not None:

@@ -11,7 +11,7 @@ from ...ir.encoding import Encoding
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from .._contracts import cached_decoder
-from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ..base import Calibration, Effect, Exactness, Outcome, Pass, Samples
 from ._calibrate import tables, written
 from ._sites import PAGE, SINK, TAIL, changed, faults
 
@@ -47,7 +47,7 @@ class Encode(Pass):
             raise SmeltError("give an encoding for keys, values or both")
 
     @property
-    def calibration(self) -> Literal["none", "text"]:  # type: ignore[override]  # what is needed depends on the options
+    def calibration(self) -> Calibration:
         """Text where an encoding has tables that come from data."""
         return "text" if any(e is not None and e.calibrated for e in (self.keys, self.values)) else "none"
 

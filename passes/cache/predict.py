@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
@@ -15,7 +15,7 @@ from ...ir.encoding import Encoding
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from .._contracts import cached_decoder
-from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ..base import Calibration, Effect, Exactness, Outcome, Pass, Samples
 from ._calibrate import written
 from ._sites import changed, faults
 
@@ -35,13 +35,16 @@ class Predict(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     effects: ClassVar[frozenset[Effect]] = frozenset({"numerics", "encodings", "cache"})
-    calibration: ClassVar[Literal["none", "text"]] = "text"
 
     damp: float = 1e-3
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.damp < 1.0:
             raise SmeltError(f"damp is a share of the diagonal's mean, from 0 to 1, not {self.damp}")
+
+    @property
+    def calibration(self) -> Calibration:
+        return "text"
 
     def requires(self, program: Program) -> Iterator[str]:
         """Encoded sites in the frame pre that keep every token, of one shape and one schedule."""

@@ -11,7 +11,7 @@ from ...ir import cache
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from .._contracts import cached_decoder, within_context
-from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ..base import Calibration, Effect, Exactness, Outcome, Pass, Samples
 from ._lists import lost
 from ._sites import SINK, TAIL, changed, faults
 
@@ -61,7 +61,7 @@ class Retrieve(Pass):
             raise SmeltError(f"layers must ascend from dense_layers ({self.dense_layers}) on, not {list(self.layers)}")
 
     @property
-    def calibration(self) -> Literal["none", "text"]:  # type: ignore[override]  # what is needed depends on the options
+    def calibration(self) -> Calibration:
         """Text where a layer is to be found."""
         return "text" if "auto" in self.layers else "none"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from ...ir import cache
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from .._contracts import cached_decoder
-from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ..base import Calibration, Effect, Exactness, Outcome, Pass, Samples
 from ._calibrate import tables, written
 from ._sites import changed, faults
 
@@ -35,7 +35,7 @@ class Tier(Pass):
             raise SmeltError("give at least one tier, such as {share: 0.4, keys: …, values: …}")
 
     @property
-    def calibration(self) -> Literal["none", "text"]:  # type: ignore[override]  # what is needed depends on the options
+    def calibration(self) -> Calibration:
         """Text where an encoding has tables that come from data."""
         held = (encoding for tier in self.tiers for encoding in (tier.keys, tier.values))
         return "text" if any(encoding is not None and encoding.calibrated for encoding in held) else "none"

@@ -14,6 +14,7 @@ from ...ir.errors import SmeltError
 from ...ir.ops import HEAD, LINEAR, arguments
 from ...ir.program import Program
 from ...ir.weight import Weight
+from .._contracts import one_head
 from ..base import Effect, Exactness, Outcome, Pass, Samples
 from ._join import join, joinable
 from ._trees import best_tree, usual_rates
@@ -63,9 +64,8 @@ class Heads(Pass):
         drafting = program.decode is not None and any(type(p) is decode.Heads for p in program.decode.draft.parts)
         if taken and not drafting:
             yield f"{program.name} must not use the name '{taken[0]}', which stands for decoding heads"
-        found = [node.name for node in program.calls(HEAD)]
-        if len(found) != 1 and not taken:
-            yield f"{program.name} must have one vocabulary head, but has {len(found)}: {', '.join(found) or 'none'}"
+        if not taken:
+            yield from one_head(program)
         vocabulary = program.facts.get("vocabulary", self.width)
         if vocabulary < self.width:
             yield f"width must be at most the vocabulary of {vocabulary} tokens, but is {self.width}"

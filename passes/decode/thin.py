@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
-from torch import fx
-from torch.nn import functional
-
-from ...ir.blocks import Block, blocks
-from ...ir.cache import Cache
+from ...ir.blocks import blocks
 from ...ir.depth import DepthPlan, Stage
 from ...ir.errors import SmeltError
-from ...ir.interpret import interpret
 from ...ir.program import Program
-from ..base import Effect, Exactness, Outcome, Pass, Samples
+from .._influence import cosines
+from ..base import Calibration, Effect, Exactness, Outcome, Pass, Samples
 from ._depth import shallow, undrafted
-
-TOKENS = 4096  # of the samples that are looked at
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,6 @@ class Thin(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     effects: ClassVar[frozenset[Effect]] = frozenset({"decode", "numerics"})
-    calibration: ClassVar[Literal["none", "text"]] = "text"
 
     threshold: float = 0.977
     first: int = 1
@@ -47,6 +39,10 @@ class Thin(Pass):
     def __post_init__(self) -> None:
         if min(self.first, self.last, self.warmup) < 0:
             raise SmeltError(f"first, last and warmup count from 0, not {self.first}, {self.last} and {self.warmup}")
+
+    @property
+    def calibration(self) -> Calibration:
+        return "text"
 
     def requires(self, program: Program) -> Iterator[str]:
         """A decoder with a cache plan that does not draft, with feed-forward parts of their own."""
@@ -58,41 +54,20 @@ class Thin(Pass):
         """Measure the cosines and put the layers that pass into the depth plan; the graph stays as it is."""
         assert samples is not None
         found = [block for block in blocks(program) if block.kind == "feedforward"]
-        cosines = _cosines(program, found, samples)
+        turns = cosines(program, [(block, block) for block in found], samples)
+        by_layer = {block.layer: cosine for block, cosine in zip(found, turns, strict=True)}
         middle = range(self.first, 1 + max(block.layer for block in found) - self.last)
-        out = tuple(layer for layer, cosine in cosines.items() if layer in middle and cosine >= self.threshold)
+        out = tuple(layer for layer, cosine in by_layer.items() if layer in middle and cosine >= self.threshold)
         skipped = {
             f"layer {layer}": f"cosine {cosine:.3f}, below the threshold of {self.threshold:g}"
             if layer in middle
             else "cold"
-            for layer, cosine in cosines.items()
+            for layer, cosine in by_layer.items()
             if layer not in out
         }
-        notes: dict[str, Any] = {"cosines": {f"layer {layer}": round(c, 4) for layer, c in cosines.items()}}
+        notes: dict[str, Any] = {"cosines": {f"layer {layer}": round(c, 4) for layer, c in by_layer.items()}}
         if out:
             program.depth = DepthPlan((Stage(self.warmup, feedforward=out),))
             program.touch("decode")
             notes |= shallow(program)
         return Outcome(tuple(f"layer {layer}" for layer in out), skipped, notes)
-
-
-@torch.no_grad()
-def _cosines(program: Program, found: list[Block], samples: Samples) -> dict[int, float]:
-    """The mean cosine of the streams in front of and behind each block, by layer."""
-    asked = {block.add: block for block in found}
-    totals = dict.fromkeys((block.layer for block in found), 0.0)
-    rows = samples.tokens[: max(1, TOKENS // samples.tokens.shape[1])]
-
-    def watch(node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
-        if node in asked:
-            block = asked[node]
-            totals[block.layer] += float(functional.cosine_similarity(args[block.stream], value, -1).mean())
-
-    for number, row in enumerate(rows):
-        samples.progress(number, len(rows), "measuring cosines")
-        positions = torch.arange(len(row))[None]
-        assert program.cache is not None
-        cache = Cache(program.cache, 1, len(row), scratch=len(row))
-        cache.begin(positions, tokens=row[None])
-        interpret(program, {"tokens": row[None], "positions": positions}, cache, watch)
-    return {layer: total / len(rows) for layer, total in totals.items()}

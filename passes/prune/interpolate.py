@@ -12,18 +12,17 @@ from torch import fx
 
 from ...ir.encoding import Dense
 from ...ir.errors import SmeltError
-from ...ir.interpret import interpret
 from ...ir.ops import arguments
 from ...ir.program import Program
 from ...ir.shapes import derive
-from ..base import Effect, Exactness, Outcome, Pass, Samples
+from .._walk import Walk
+from ..base import Calibration, Effect, Exactness, Outcome, Pass, Samples
 from ._interpolate import interpolation, pivots, selection, unexplained
 from ._shrink import resize, shrink
 from ._trace import Kind
 from ._units import Site, find_units
 
 _KINDS: tuple[Kind, ...] = ("neurons", "heads")
-_TOKENS = 4096  # of one forward pass over the calibration text
 _FACT = "unpruned"  # the fact that keeps each site's number of units before any was removed
 
 
@@ -53,7 +52,6 @@ class Interpolate(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     effects: ClassVar[frozenset[Effect]] = frozenset({"numerics", "shapes"})
-    calibration: ClassVar[Literal["none", "text"]] = "text"
 
     neurons: float = 0.25
     heads: float = 0.0
@@ -77,6 +75,10 @@ class Interpolate(Pass):
             raise SmeltError(f"multiple is a count of columns, but is {self.multiple}")
         if self.budget == "global" and self.select != "id":
             raise SmeltError("budget: global weighs layers by what select: id leaves unexplained; use it with that")
+
+    @property
+    def calibration(self) -> Calibration:
+        return "text"
 
     def requires(self, program: Program) -> Iterator[str]:
         """A model of text without a cache, whose weights at every site that is asked for are dense."""
@@ -110,9 +112,10 @@ class Interpolate(Pass):
         unpruned = dict(program.facts.get(_FACT, {}))
         todo = self._counts(program, self._asked_for(sites, skipped), samples, unpruned, skipped)
         notes: dict[str, Any] = {}
+        walk = Walk(program, samples)
         for at, (site, count) in enumerate(todo.items()):
             samples.progress(at, len(todo), site.name)
-            gram = _gram(program, site.consumer, samples)
+            gram = _gram(walk, site.consumer)
             units = self._chosen(program, site, gram, count)
             edits = resize(site, units)
             if isinstance(edits, str):
@@ -187,10 +190,10 @@ class Interpolate(Pass):
 
     def _balanced(self, program: Program, samples: Samples, targets: dict[Site, float]) -> dict[Site, float]:
         """Counts under one bound on the unexplained part of every site, together what the targets are together."""
-        errors = {}
+        errors, walk = {}, Walk(program, samples)
         for at, site in enumerate(targets):
             samples.progress(at, len(targets), f"{site.name}: unpruned")
-            errors[site] = pivots(_gram(program, site.consumer, samples), site.columns, len(site.columns))[1]
+            errors[site] = pivots(_gram(walk, site.consumer), site.columns, len(site.columns))[1]
         low, high = 0.0, 1.0
         for _ in range(50):
             bound = (low + high) / 2
@@ -210,32 +213,13 @@ class Interpolate(Pass):
         return score.topk(count).indices.sort().values
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the node whose operand was wanted."""
-
-
-@torch.no_grad()
-def _gram(program: Program, consumer: fx.Node, samples: Samples) -> torch.Tensor:
+def _gram(walk: Walk, consumer: fx.Node) -> torch.Tensor:
     """XᵀX float64 [K, K] of what a product reads [..., K], over all tokens of the samples."""
-    size = program.weights[str(arguments(consumer)["weight"].target)].shape[1]
+    size = walk.program.weights[str(arguments(consumer)["weight"].target)].shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64)
-
-    def watch(node: fx.Node, args: tuple[Any, ...], _: Any) -> None:
-        if node is consumer:
-            x = args[0].reshape(-1, size).double()
-            gram.addmm_(x.T, x)
-            raise _Reached
-
-    length = samples.tokens.shape[1]
-    for tokens in samples.tokens.split(max(1, _TOKENS // length)):
-        positions = torch.arange(length).expand(len(tokens), -1)
-        given = {"tokens": tokens, "positions": positions, "mask": torch.ones_like(tokens)}
-        try:
-            interpret(program, {name: given[name] for name in program.inputs}, watch=watch)
-        except _Reached:
-            continue
-    if not bool(gram.isfinite().all()):
-        raise SmeltError(f"{consumer.name}: the calibration text gives activations that are not finite")
+    for (value,) in walk.values(arguments(consumer)["x"]):
+        x = value.reshape(-1, size).double()
+        gram.addmm_(x.T, x)
     return gram
 
 

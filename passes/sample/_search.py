@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
-from torch import fx
-
 from ...ir.choice import ChoicePlan, Search
 from ...ir.decode.draft import kind as kind_of_draft
-from ...ir.ops import HEAD, QUANTIZED, arguments, is_op
 from ...ir.program import Program
-from .._contracts import cached_decoder
+from .._contracts import before_head, cached_decoder, one_head
 from ..base import Effect, Exactness, Outcome, Pass, Samples
 
 
@@ -35,15 +32,12 @@ class Searching(Pass):
         """A decoder with a cache plan that neither searches nor drafts, and the outputs that the search reads."""
         yield from searchable(program)
         if "hidden" in self.kind.outputs and "hidden" not in program.outputs:
-            found = [node.name for node in program.calls(HEAD)]
-            if len(found) != 1:
-                names = ", ".join(found) or "none"
-                yield f"{program.name} must have one vocabulary head, but has {len(found)}: {names}"
+            yield from one_head(program)
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Set the search in the choice plan."""
         if "hidden" in self.kind.outputs and "hidden" not in program.outputs:
-            program.set_output("hidden", _hidden(program))
+            program.set_output("hidden", before_head(program))
         set_search(program, self.search())
         return Outcome(("choice",))
 
@@ -70,12 +64,3 @@ def set_search(program: Program, search: Search) -> None:
     """Put a search into the program's choice plan."""
     program.choice = replace(program.choice or ChoicePlan(), search=search)
     program.touch("choice")
-
-
-def _hidden(program: Program) -> fx.Node:
-    """The state in front of the vocabulary head, before it is rounded where the head computes with integers."""
-    (head,) = program.calls(HEAD)
-    node: fx.Node = arguments(head)["x"]
-    while is_op(node, QUANTIZED):
-        node = arguments(node)["x"]
-    return node

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,7 +11,7 @@ from ...ir import choice
 from ...ir.errors import SmeltError
 from ...ir.interpret import interpret
 from ...ir.program import Program
-from ..base import Outcome, Samples
+from ..base import Calibration, Outcome, Samples
 from ._search import Searching, set_search
 
 ROWS = 8  # sequences that are read at once
@@ -47,7 +47,7 @@ class Rerank(Searching):
     tokens: int = 16384
 
     @property
-    def calibration(self) -> Literal["none", "text"]:  # type: ignore[override]  # what is needed depends on the options
+    def calibration(self) -> Calibration:
         return "text" if self.threshold is None else "none"
 
     def search(self) -> choice.Rerank:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
@@ -12,7 +12,7 @@ from ...ir import choice
 from ...ir.errors import SmeltError
 from ...ir.ops import EMBEDDING, arguments
 from ...ir.program import Program
-from ..base import Outcome, Samples
+from ..base import Calibration, Outcome, Samples
 from ._search import Searching, set_search
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ class Superposed(Searching):
     penalty: float = 200.0
 
     @property
-    def calibration(self) -> Literal["none", "text"]:  # type: ignore[override]  # what is needed depends on the options
+    def calibration(self) -> Calibration:
         return "text" if self.alpha else "none"
 
     def requires(self, program: Program) -> Iterator[str]:

@@ -11,11 +11,11 @@ from torch import fx
 from ...ir.errors import SmeltError
 from ...ir.interpret import interpret
 from ...ir.ops import HEAD, arguments, is_op
-from ...ir.ops.loss import HEAD_CROSS_ENTROPY
 from ...ir.program import Program
 from ...ir.weight import Weight
 from ._frozen import Frozen
-from ._split import branch, trunk
+from ._head import Head
+from ._split import branch, end, trunk
 
 AT_ONCE = 16  # windows whose guesses are held in memory when heads are measured
 NONE = -100  # the label of a place that has none
@@ -40,18 +40,6 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A head's way to the vocabulary: weight [V, K] and perhaps bias [V]."""
-
-    weight: Weight
-    bias: Weight | None
-
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Both decoded; what is trained is itself, so that gradients reach it."""
-        return self.weight.dense(), None if self.bias is None else self.bias.dense()
-
-
-@dataclass(frozen=True)
 class Drill:
     """A Program cut at the hidden state that its heads read, and the heads' weights in float32, ready for gradients.
 
@@ -61,7 +49,7 @@ class Drill:
     learn: Frozen
     held: Frozen
     branch: Program
-    projections: tuple[Projection, ...]
+    projections: tuple[Head, ...]
     weights: Mapping[str, torch.Tensor]
     decay: float
     own: float
@@ -164,14 +152,12 @@ class Drill:
     def _entropy(self, j: int, state: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Of head j, at the places that have a label."""
         there = label != NONE
-        weight, bias = self.projections[j].dense()
-        entropy: torch.Tensor = HEAD_CROSS_ENTROPY.target(state[there], weight, label[there], bias)
-        return entropy
+        return self.projections[j].entropy(state[there], label[there])
 
     def _rank(self, j: int, state: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """How many tokens head j holds for likelier than the label, at the places that have one."""
         there = label != NONE
-        logits = HEAD.reference(state[there], *self.projections[j].dense())
+        logits = self.projections[j].logits(state[there])
         return (logits > logits.gather(-1, label[there][:, None])).sum(-1)
 
 
@@ -182,7 +168,7 @@ def _said(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     )
 
 
-def _cut(part: Program) -> tuple[Projection, ...]:
+def _cut(part: Program) -> tuple[Head, ...]:
     """Take the projections off a branch of heads; its outputs become what they project, in order."""
     stacked = part.outputs["heads"]
     found = list(stacked.all_input_nodes)
@@ -192,14 +178,8 @@ def _cut(part: Program) -> tuple[Projection, ...]:
                 f"train.heads: head {j} must end in smelt.head to be trained, but ends in {node.name}: "
                 "move train.heads right behind decode.heads"
             )
-    bound = [arguments(node) for node in found]
-    projections = tuple(
-        Projection(part.weights[str(a["weight"].target)], a["bias"] and part.weights[str(a["bias"].target)])
-        for a in bound
-    )
-    part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
-    part.graph.output({str(j): a["x"] for j, a in enumerate(bound)})
-    part.prune()
+    projections = tuple(Head.of(part, node) for node in found)
+    end(part, {str(j): arguments(node)["x"] for j, node in enumerate(found)})
     return projections
 
 

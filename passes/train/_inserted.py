@@ -9,15 +9,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...ir.interpret import interpret
-from ...ir.ops import CACHED_ATTENTION, HEAD, QUANTIZED, arguments
-from ...ir.ops.loss import HEAD_CROSS_ENTROPY
+from ...ir.ops import CACHED_ATTENTION, QUANTIZED, arguments
 from ...ir.program import Program
 from ...ir.weight import Weight
 from ..decode.prompts import PROMPTS
 from ._frozen import ROOM, Frozen, Outputs
+from ._head import Head, cut, law
 from ._split import trunk
 
-LIKELY = 8  # tokens of the model's law that are learned; what is left of it is left out
 AT_ONCE = 4  # windows that are measured together
 PLACES = 16  # of a held-out window, evenly spread
 
@@ -73,7 +72,7 @@ class Inserted:
     learn: Frozen
     held: Frozen
     part: Program
-    head: tuple[torch.Tensor, torch.Tensor | None]
+    head: Head
     weights: Mapping[str, torch.Tensor]
     vocabulary: int
     places: int
@@ -89,21 +88,14 @@ class Inserted:
         frozen, part = trunk(program, found), program.fork()
         for node in part.calls(QUANTIZED):  # rounding has no gradient
             node.replace_all_uses_with(arguments(node)["x"])
-        (head,) = part.calls(HEAD)
-        a = arguments(head)
-        weight, bias = (None if a[name] is None else part.weights[str(a[name].target)] for name in ("weight", "bias"))
-        assert weight is not None
-        projection = weight.dense(), None if bias is None else bias.dense()
-        part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
-        part.graph.output({"state": a["x"]})
-        part.prune()
+        head = cut(part)
         if sum(4 * math.prod(weight.shape) for weight in part.weights.values()) <= ROOM:
             part.weights = {name: Weight.of(weight.dense()) for name, weight in part.weights.items()}
         value = part.weights[PROMPTS].dense().float().clone().requires_grad_()
         part.weights[PROMPTS] = replace(Weight.of(value), parts={"data": value})
         vocabulary = int(program.facts["vocabulary"])
         texts = Frozen(frozen, learn, _said), Frozen(frozen, held, _said)
-        return cls(*texts, part, projection, {PROMPTS: value}, vocabulary, places, decay)
+        return cls(*texts, part, head, {PROMPTS: value}, vocabulary, places, decay)
 
     @property
     def prompts(self) -> int:
@@ -129,7 +121,7 @@ class Inserted:
         found, count = torch.zeros(self.prompts, width, dtype=torch.float64), 0
         for part in torch.arange(len(self.held)).split(AT_ONCE):
             places = self._spread(part)
-            guesses = HEAD.reference(self.states(self.held, part, places), *self.head).topk(width, -1).indices
+            guesses = self.head.logits(self.states(self.held, part, places)).topk(width, -1).indices
             wanted, _ = self._laws(self.held, part, places)
             found += (guesses == wanted[..., :1]).double().sum((0, 1))
             count += places.numel()
@@ -165,18 +157,12 @@ class Inserted:
     def _loss(self, text: Frozen, windows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         tokens, shares = (x.flatten(0, 2) for x in self._laws(text, windows, places))
         state = self.states(text, windows, places).flatten(0, 2)
-        weight, bias = self.head
-        scores = (weight[tokens] @ state[..., None])[..., 0]
-        if bias is not None:
-            scores = scores + bias[tokens]
-        first = HEAD_CROSS_ENTROPY.target(state, weight, tokens[:, 0].contiguous(), bias)
-        entropy: torch.Tensor = first + scores[:, 0] - (shares * scores).sum(-1)
-        return (entropy.view(-1, self.prompts).mean(0) * self.decay ** torch.arange(self.prompts)).sum()
+        entropy = self.head.entropy_with(state, tokens, shares).view(-1, self.prompts).mean(0)
+        return (entropy * self.decay ** torch.arange(self.prompts)).sum()
 
 
 def _said(outputs: Outputs) -> Outputs:
     """What is kept of a window: keys, values, and the likeliest tokens with their shares."""
-    logits = outputs["logits"]
-    likely = logits.topk(min(LIKELY, logits.shape[-1]), -1)
+    likely, shares = law(outputs["logits"])
     kept = {name: value for name, value in outputs.items() if name != "logits"}
-    return {**kept, "likely": likely.indices, "shares": likely.values.softmax(-1)}
+    return {**kept, "likely": likely, "shares": shares}

@@ -13,9 +13,7 @@ def trunk(program: Program, outputs: Mapping[str, fx.Node]) -> Program:
     """A Program of the same inputs whose outputs are the values of these nodes; weights are shared."""
     part = program.fork()
     found = {name: _twin(part, node) for name, node in outputs.items()}
-    part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
-    part.graph.output(found)
-    part.prune()
+    end(part, found)
     return part
 
 
@@ -26,13 +24,18 @@ def branch(program: Program, at: fx.Node, output: str) -> Program:
     with part.graph.inserting_before(next(iter(part.graph.nodes))):
         hidden = part.graph.placeholder("hidden")
     cut.replace_all_uses_with(hidden)
-    part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
-    part.graph.output({output: result})
-    part.prune()
+    end(part, {output: result})
     for node in part.graph.find_nodes(op="placeholder"):
         if node is not hidden and not node.users:
             part.graph.erase_node(node)
     return part
+
+
+def end(part: Program, outputs: Mapping[str, fx.Node]) -> None:
+    """Give a Program these outputs instead of its own, and drop what they do not need."""
+    part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
+    part.graph.output(dict(outputs))
+    part.prune()
 
 
 def _twin(part: Program, node: fx.Node) -> fx.Node:

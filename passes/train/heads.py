@@ -4,64 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from ...ir import decode
 from ...ir.encoding import Dense
 from ...ir.errors import SmeltError
 from ...ir.program import Program
-from ..base import Effect, Exactness, Outcome, Pass, Samples, decoder_only
+from ..base import Effect, Outcome, Samples, decoder_only
 from ..decode._join import exchange, names
 from ..decode._trees import best_tree, expected_tokens
 from ._drill import Drill, trained
-from ._loop import Course, identity, store, train
+from ._loop import store
 from ._text import windows
+from ._training import Training
 
 
 @dataclass(frozen=True)
-class Heads(Pass):
+class Heads(Training):
     """Head j learns the token j + 2 places on; the draft tree is then fitted to how often its guesses are right.
 
     The loss is cross-entropy, weighted by decay^j: with the tokens of the text, and with what the model would write,
     which is known wherever the text is what the model would have chosen.
 
-    steps: updates by AdamW, with a short warm-up and a cosine to zero.
-    batch: windows of text in an update.
-    length: tokens of a window.
-    rate: largest learning rate.
-    decay: weight of a head's loss relative to the head before it.
     own: share of the loss that is with what the model would write, greedily; 0 learns the text alone.
-    seed: of the order of the windows.
-    holdout: share of the windows that are not trained on; they decide which weights are kept, and the tree.
-    checks: times that held-out loss is measured, for the curve; the weights of the lowest are kept.
 
     Deviations: heads learn the given text and the model's own choices for it, not whole chats of its own. Projections
     start from a least-squares guess of the states to come, not as copies of the model's. The paper searches the tree
     for one model once; here it is best-first under this model's own held-out hit rates.
     """
 
-    exactness: ClassVar[Exactness] = Exactness.EXACT  # of the logits: only the output `heads` changes
     effects: ClassVar[frozenset[Effect]] = frozenset({"outputs", "decode"})
-    calibration: ClassVar[Literal["none", "text"]] = "text"
 
     steps: int = 200
     batch: int = 8
-    length: int = 128
-    rate: float = 1e-3
-    decay: float = 0.8
     own: float = 0.5
-    seed: int = 0
-    holdout: float = 0.1
-    checks: int = 8
 
     def __post_init__(self) -> None:
-        self._course()
-        if self.length < 1:
-            raise SmeltError(f"length counts from 1, not {self.length}")
+        super().__post_init__()
         if not 0 <= self.own <= 1:
             raise SmeltError(f"own is a share of the loss between 0 and 1, not {self.own}")
-        if not 0 < self.holdout < 1:
-            raise SmeltError(f"holdout is a share of the text between 0 and 1, not {self.holdout}")
 
     def requires(self, program: Program) -> Iterator[str]:
         """Untrained heads whose weights are Dense."""
@@ -92,7 +73,7 @@ class Heads(Pass):
         drill = Drill.of(program, self.decay, self.own, learn, held)
         before = drill.measure(draft.width)
         drill.fit()
-        went = train(drill, len(learn), self._course(), samples, "heads", identity(program, self, samples))
+        went = self.train(drill, learn, program, samples, "heads")
         store(drill, program.weights)
         after = drill.measure(draft.width)
         tree = best_tree(after.hits, len(draft.tree) - 1)
@@ -108,9 +89,6 @@ class Heads(Pass):
             "nodes": len(tree) - 1,
         }
         return Outcome(tuple(f"heads.{j}" for j in range(drill.heads)), notes=notes)
-
-    def _course(self) -> Course:
-        return Course(self.steps, self.batch, self.rate, seed=self.seed, checks=self.checks)
 
 
 def _drafting(program: Program) -> decode.Heads | None:

@@ -5,29 +5,26 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
 
-from ...ir.encoding import Affine, Dense
+from ...ir.encoding import Affine
 from ...ir.encoding.packing import LANES
 from ...ir.errors import SmeltError
-from ...ir.ops import EMBEDDING, EXPERTS, HEAD, LINEAR, arguments, is_op
 from ...ir.program import Program
 from ...ir.weight import Weight
 from ..base import Effect, Exactness, Outcome, Pass, Samples
 from ..measure import sqnr
-
-# the operands of each op that are weight matrices
-_MATRICES = {LINEAR: ("weight",), HEAD: ("weight",), EMBEDDING: ("weight",), EXPERTS: ("gate_up", "down")}
+from ._matrices import Matrix, all_dense, matrices
+from ._range import Range, check, encode
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Stores weight matrices as symmetric integer codes; scales are shared by groups as fine as each matrix needs.
+    """Stores weight matrices as integer codes, with scales that are shared by groups as fine as each matrix needs.
 
     Only the weights are looked at. The search starts with one scale a row and halves the group where that shrinks the
     mean range of a group enough: R(g / 2) / R(g) < alpha. For Gaussian rows the ratio is 0.93 to 0.96, with a 10 sigma
@@ -40,6 +37,10 @@ class Quantize(Pass):
     head: width of the vocabulary matrices, which are the head and every lookup table. `same` takes `bits`, `keep`
         leaves them as they are. A table that is tied to the head is one matrix and counts once.
     scale: type in which scales are stored.
+    zero: whether groups have a zero of their own; without, codes are symmetric.
+    range: how a group's scale is found: from its largest weight, where the error is least (`mse`, to the power 2.4),
+        with the zero of Half-Quadratic Quantization (`hqq`, Badri and Shaji, 2023), or for 2 bits without a zero, which
+        are ternary, as the `mean` or the `median` magnitude (BitNet b1.58, Ma et al., 2024).
 
     Deviations: the paper names a heuristic on ranges; the mean over groups is our reading of it. A halving that does
     not pay does not end the search, because two outliers in a row are only parted further down: later ones are held to
@@ -49,12 +50,14 @@ class Quantize(Pass):
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     effects: ClassVar[frozenset[Effect]] = frozenset({"numerics", "encodings"})
 
-    bits: Literal[4, 8] = 4
+    bits: Literal[2, 3, 4, 8] = 4
     alpha: float = 0.85
     smallest: int = 64
     group: int | None = None
     head: Literal["keep", 8, "same"] = 8
     scale: Literal["float16", "bfloat16", "float32"] = "float16"
+    zero: bool = False
+    range: Range = "absmax"
 
     def __post_init__(self) -> None:
         """Refuses options that no matrix can satisfy."""
@@ -64,17 +67,12 @@ class Quantize(Pass):
             raise SmeltError(f"smallest is a count of weights, but is {self.smallest}")
         if self.group is not None and self.group < 0:
             raise SmeltError(f"group is a count of weights (0: the whole row), but is {self.group}")
+        check(self.range, self.bits, self.zero)
 
     def requires(self, program: Program) -> Iterator[str]:
         """Every matrix that would be encoded must still be dense."""
         names = [name for name, width in self._widths(program).items() if isinstance(width, int)]
-        coded = [name for name in names if not isinstance(program.weights[name].encoding, Dense)]
-        if coded:
-            yield (
-                f"weights of {coded[0]} must be Dense, but are {program.weights[coded[0]].encoding}"
-                f"{program.changed_by(coded[0])}{f', and {len(coded) - 1} more' if len(coded) > 1 else ''}: "
-                "encode them once"
-            )
+        yield from all_dense(program, names)
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Encode one matrix at a time; no two are decoded at once."""
@@ -114,9 +112,9 @@ class Quantize(Pass):
         if group is None:
             block = math.lcm(Affine(width, 0).block, LANES)
             group = granularity(dense, block, self.smallest, self.alpha)
-        encoding = Affine(width, group, scale=self.scale)
+        encoding = Affine(width, group, zero=self.zero, scale=self.scale)
         try:
-            encoded = Weight(weight.shape, encoding, encoding.encode(dense))
+            encoded = Weight(weight.shape, encoding, encode(dense, encoding, self.range))
         except SmeltError as error:
             raise SmeltError(f"{name}: {error}") from error
         ratio = min(sqnr(dense, encoded.dense()), 999.0)  # a matrix of zeros has no noise, and JSON no infinity
@@ -124,36 +122,20 @@ class Quantize(Pass):
 
     def _widths(self, program: Program) -> dict[str, int | str]:
         """For each weight the width of its codes, or why it stays as it is."""
-        readers: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
-        for node in program.graph.nodes:
-            if node.op == "get_attr":
-                readers.setdefault(str(node.target), []).extend((user, node) for user in node.users)
-        routers = _routers(program)
+        found = matrices(program)
         return {
-            name: self._width(program.weights[name], read, bool(routers.intersection(user for user, _ in read)))
-            for name, read in readers.items()
+            name: matrix if isinstance(matrix, str) else self._width(program.weights[name], matrix)
+            for name, matrix in found.items()
         }
 
-    def _width(self, weight: Weight, read: list[tuple[fx.Node, fx.Node]], routes: bool) -> int | str:
-        if not read:
-            return "nothing reads it"
-        others = sorted({user.name for user, node in read if not _is_matrix(user, node)})
-        if len(others) == len({user.name for user, _ in read}):
-            if len(weight.shape) < 2:
-                return "a vector or scalar, not a matrix"
-            return f"read by {', '.join(others)}, which is neither a matrix product nor a lookup"
-        if others:
-            return f"also read by {', '.join(others)}, which is neither a matrix product nor a lookup"
-        if routes:
-            return "routes tokens to experts, where rounding sends tokens elsewhere"
-        vocabulary = any(is_op(user, HEAD, EMBEDDING) for user, _ in read)
-        if vocabulary and self.head == "keep":
+    def _width(self, weight: Weight, matrix: Matrix) -> int | str:
+        if matrix.vocabulary and self.head == "keep":
             return "a vocabulary matrix, and head is keep"
-        width = 8 if vocabulary and self.head == 8 else self.bits
+        width = 8 if matrix.vocabulary and self.head == 8 else self.bits
         least = self.smallest if self.group is None else self.group
         if weight.shape[-1] < least:
             return f"its rows of {weight.shape[-1]} are shorter than a group of {least}"
-        return Affine(width, self.group or 0, scale=self.scale).refuses(weight.shape) or width
+        return Affine(width, self.group or 0, zero=self.zero, scale=self.scale).refuses(weight.shape) or width
 
 
 def granularity(weight: torch.Tensor, block: int, smallest: int, alpha: float) -> int:
@@ -173,26 +155,3 @@ def granularity(weight: torch.Tensor, block: int, smallest: int, alpha: float) -
 def _mean_range(weight: torch.Tensor, group: int) -> float:
     groups = weight.unflatten(-1, (weight.shape[-1] // group, group))
     return float((groups.amax(-1) - groups.amin(-1)).double().mean())
-
-
-def _is_matrix(user: fx.Node, node: fx.Node) -> bool:
-    """Whether `user` reads the weight at `node` as one of its matrices, and as nothing else."""
-    operands: Mapping[str, Any] = arguments(user) if is_op(user, *_MATRICES) else {}
-    named = next((names for op, names in _MATRICES.items() if is_op(user, op)), ())
-    reads = [name for name, value in operands.items() if value is node]
-    return bool(reads) and all(name in named for name in reads)
-
-
-def _routers(program: Program) -> set[fx.Node]:
-    """The matrix products whose results choose experts: the nearest ones behind `chosen`."""
-    found: set[fx.Node] = set()
-    for node in program.calls(EXPERTS):
-        ahead, seen = [arguments(node)["chosen"]], set()
-        while ahead:
-            at = ahead.pop()
-            if is_op(at, LINEAR):
-                found.add(at)
-            elif at not in seen:
-                seen.add(at)
-                ahead.extend(at.all_input_nodes)
-    return found

@@ -12,7 +12,7 @@ from ...codegen.plan import Plan
 from ...ir.choice import Search
 from ...ir.errors import SmeltError
 from ..constraint import Constraint
-from ..sampling import Sampling
+from ..sampling import Sampling, not_finite
 from ..session import Session
 from ..writer import Limits, Writer
 from .forest import Forest
@@ -103,7 +103,13 @@ class Searcher(Writer, Generic[Options]):
     def law(self, number: int, logits: torch.Tensor, path: Sequence[int] = ()) -> torch.Tensor:
         """Logits [V] of a row, behind further tokens of a trial, as constraint and options shape them."""
         paths = torch.tensor([list(path)], dtype=torch.int64) if path else None
-        return self._processed(torch.tensor([number]), logits[None], paths)[0]
+        return self.finite(number, self._processed(torch.tensor([number]), logits[None], paths)[0], path)
+
+    def finite(self, number: int, law: torch.Tensor, path: Sequence[int] = ()) -> torch.Tensor:
+        """The same logits [V] of a row, behind further tokens; SmeltError where the greatest is no number."""
+        if not law.amax().isfinite():
+            raise not_finite(number, self.place(number) + len(path))
+        return law
 
     def check_context(self, what: str, texts: Sequence[Sequence[int]], plan: Plan) -> None:
         """Raises SmeltError for texts, called `what`, that a plan's model cannot hold with an answer behind them."""

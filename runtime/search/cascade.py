@@ -54,8 +54,10 @@ class CascadeSearcher(Drawn):
         return float(scores.quantile(self.search.quantile)) >= self.search.threshold
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
-        for _ in self._small.run():
-            pass
+        ends = [self.limits.listen() for _ in self.rows]
+        for number, tokens in self._small.run():
+            if ends[number](tokens):
+                self._small.stop(number)
         for number, row in enumerate(self._small.rows):
             if self.sure(number):
                 tokens = self._emit(number, list(row.tokens))

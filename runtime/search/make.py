@@ -9,6 +9,7 @@ from ...ir.choice import Against, Beam, Cascade, Cautious, Contrastive, Rerank, 
 from ...ir.errors import SmeltError
 from ..constraint import Constraint
 from ..generate import Decoding
+from ..pace import Pace
 from ..sampling import Sampling
 from ..session import Session
 from ..writer import Limits, Writer
@@ -40,8 +41,12 @@ def writer(
     speculate: bool = True,
     constraint: Constraint | None = None,
     against: Sequence[Sequence[int]] | None = None,
+    pace: Pace | None = None,
 ) -> Writer:
-    """The writer of a session's program for these prompts; `against`: other prompts, to be contrasted with them."""
+    """The writer of a session's program for these prompts; `against`: other prompts, to be contrasted with them.
+
+    `pace`: by which drafting pauses; without it every step drafts.
+    """
     plan = session.plan.program.choice
     contrasts = plan is not None and isinstance(plan.search, Against)
     if against is not None and not contrasts:
@@ -49,7 +54,7 @@ def writer(
             "generate: against is for programs that contrast prompts: add the step sample.against, or leave it out"
         )
     if plan is None or plan.search is None:
-        return Decoding(session, prompts, sampling, limits, speculate, constraint=constraint)
+        return Decoding(session, prompts, sampling, limits, speculate, constraint=constraint, pace=pace)
     if constraint is not None and constraint.by != "mask":
         raise SmeltError(f"generate: {plan.name} search is held to a grammar by mask: pass constrain='mask'")
     more: dict[str, Any] = {"against": against} if contrasts else {}

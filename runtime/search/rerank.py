@@ -81,7 +81,7 @@ class Reranker(Searcher[Rerank]):
     def _freely(self, number: int, logits: torch.Tensor, path: list[int]) -> torch.Tensor:
         """`law`, whatever grammar there is."""
         seen = None if self._seen is None else Context(self._seen[number][None], torch.tensor([path]))
-        return self.sampling.process(logits[None], seen)[0]
+        return self.finite(number, self.sampling.process(logits[None], seen)[0], path)
 
     def _taken(self, number: int, winner: _Trial) -> list[int]:
         """The winner, and of its lookahead what would be chosen without a pause."""

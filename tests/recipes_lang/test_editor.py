@@ -54,6 +54,23 @@ def test_prose_that_looks_like_a_field_ends_a_field(catalogue: Catalogue) -> Non
     assert documented(Doc) == {"first": "of two lines", "second": "alone", "Deviation": "none."}
 
 
+def test_what_is_inherited_is_told_where_it_comes_from() -> None:
+    class Base:
+        """One.
+
+        first: of the base.
+        second: of the base.
+        """
+
+    class Own(Base):
+        """Two.
+
+        second: its own.
+        """
+
+    assert documented(Own) == {"first": "of the base.", "second": "its own."}
+
+
 GOOD: list[Any] = [
     "cache.insert",
     {"cache.insert": None},

@@ -13,7 +13,7 @@ import torch
 import smelt
 from smelt.codegen.lower import lower
 from smelt.codegen.plan import Plan
-from smelt.ir.choice import Against, Beam, Cascade, ChoicePlan, Rerank, Search
+from smelt.ir.choice import Against, Beam, Cascade, Cautious, ChoicePlan, Rerank, Search
 from smelt.ir.encoding import Affine
 from smelt.ir.errors import SmeltError
 from smelt.ir.interpret import interpret
@@ -25,6 +25,7 @@ from smelt.passes.sample.cascade import Cascade as CascadePass
 from smelt.passes.sample.rerank import Rerank as RerankPass
 from smelt.passes.sample.rerank import learned, observed, regression
 from smelt.runtime.sampling import Sampling
+from smelt.runtime.search.cascade import Drawn
 from smelt.runtime.search.make import writer
 from smelt.runtime.session import Session
 from smelt.runtime.writer import Limits
@@ -36,6 +37,7 @@ Law = Callable[..., torch.Tensor]
 NEW = 6
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2], [7, 1, 8, 2, 8, 1, 8]]
 WARM = Sampling(temperature=1.0, seed=4)
+UNSURE = Cautious(3, 0.0, 0.5, 3)
 CODED: dict[str, Any] = {"tail": 4, "page": 4, "keys": Affine(8, 4, "channel"), "values": Affine(8, 16)}
 
 
@@ -327,6 +329,33 @@ def test_a_cascade_needs_a_draft_model() -> None:
     held = program(False).fork()
     held.choice = ChoicePlan(constrain="align")
     assert ["by align, and a search by mask" in why for why in CascadePass().requires(held)] == [True]
+
+
+def test_a_cascade_ends_a_small_answer_at_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [{"cache.insert": {}}, {"decode.skip": {"layers": [1]}}, {"sample.cascade": {"threshold": -1e9}}]
+    lm = smelt.compile(str(tiny.model()), {"name": "c", "family": "sample", "does": "Asks.", "steps": steps})
+    full = lm.generate("import os", max_new_tokens=12, eos=())
+    asked, behind = [], Drawn.choose_behind
+    monkeypatch.setattr(Drawn, "choose_behind", lambda self, logits: asked.append(1) or behind(self, logits))
+    row = lm.complete(["import os"], max_new_tokens=12, eos=(), stop=[full[8:10]]).rows[0]
+    assert (row.text, row.reason) == (full.split(full[8:10])[0], "stop") and len(asked) == len(row.tokens) < 12
+
+
+@pytest.mark.parametrize("search", [Rerank(0.0, 2, 3), Beam(2, 2), UNSURE], ids=str)
+@pytest.mark.parametrize(("read", "bad"), [("prefill", math.nan), ("step", math.inf)])
+def test_logits_whose_greatest_is_no_number_are_refused(
+    search: Search, read: str, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = getattr(Session, read)
+
+    def broken(self: Session, *args: Any, **options: Any) -> Any:
+        outputs = plain(self, *args, **options)
+        outputs["logits"][1, ..., 7] = bad
+        return outputs
+
+    monkeypatch.setattr(Session, read, broken)
+    with pytest.raises(SmeltError, match=r"row \d of the logits, position \d+, holds NaN or inf"):
+        written(search, WARM)
 
 
 def test_a_call_may_bring_the_other_prompt() -> None:

@@ -203,18 +203,6 @@ def test_magnitude_counts_what_is_written_and_what_is_read(part, dim):
     assert torch.equal(program.weights["model.decoder.layers.0.fc1.weight"].dense(), up[32:96])
 
 
-def test_batches_add_up(monkeypatch):
-    from smelt.passes.prune import interpolate
-
-    program, samples = captured("opt"), Samples(random_tokens(5, 24))
-    consumer = find_units(program)[0][1].consumer
-    whole = interpolate._gram(program, consumer, samples)
-    monkeypatch.setattr(interpolate, "_TOKENS", 48)
-    assert torch.allclose(interpolate._gram(program, consumer, samples), whole, rtol=1e-6)
-    less = interpolate._gram(program, consumer, Samples(samples.tokens[:4]))
-    assert float(less.trace()) < 0.95 * float(whole.trace())
-
-
 @pytest.fixture(scope="module")
 def reference(reference_path) -> Program:
     from smelt.ir.capture.hf import capture_hf

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import torch
 from smelt.ir.encoding import Affine
 from smelt.ir.errors import SmeltError
 from smelt.ir.interpret import interpret
-from smelt.ir.ops import HEAD
 from smelt.ir.program import Program
 from smelt.ir.verify import verify
 from smelt.ir.weight import Weight
@@ -29,13 +26,6 @@ from ...ir.programs import captured
 QUICK = Train(steps=12, batch=4, length=32, rate=0.05, places=8, checks=2)
 
 
-@pytest.fixture(scope="module")
-def text() -> Samples:
-    """Source of the standard library, one byte a token."""
-    codes = [min(c, 96) for c in inspect.getsource(json.decoder).encode()]
-    return Samples(torch.tensor(codes[: len(codes) // 64 * 64]).view(-1, 64))
-
-
 @pytest.fixture
 def prompted(cached: Program) -> Program:
     Prompts(prompts=2, width=4, rows=8, dtype="float32").apply(cached, None)
@@ -48,7 +38,7 @@ def worst(program: Program, ids: torch.Tensor, cap: float | None) -> float:
     drawn = torch.randn(program.weights[PROMPTS].shape, generator=torch.Generator().manual_seed(1))
     program.weights[PROMPTS] = Weight.of(drawn * 0.1)
     learner, places = Inserted.of(program, ids, ids, 4, 0.8), torch.tensor([[0, 3, 12, 12], [20, 1, 5, 9]])
-    found = HEAD.reference(learner.states(learner.learn, torch.tensor([1, 0]), places), *learner.head).detach()
+    found = learner.head.logits(learner.states(learner.learn, torch.tensor([1, 0]), places)).detach()
     found = found if cap is None else cap * (found / cap).tanh()
     differences = []
     for n, row in enumerate((1, 0)):

@@ -1,0 +1,1 @@
+"""Passes that train the model itself, to win back what passes before them cost."""

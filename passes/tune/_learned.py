@@ -1,0 +1,128 @@
+"""Weights that learn: vectors and dense matrices as they are, encoded ones by their scales, or through their codes.
+
+Codes learn by the straight-through estimator: the loss sees the rounded weight, its gradient moves the weight that is
+rounded. With the scale learning too, its gradient is that of Learned Step Size Quantization (Esser et al., 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+from ...ir.encoding import Affine, Dense
+from ...ir.ops import LAYER_NORM, LINEAR, RMS_NORM, is_op
+from ...ir.program import Program
+from ...ir.weight import Weight
+from ..weights._matrices import matrices
+from ..weights._range import Steps
+
+Kind = Literal["norms", "scales", "codes", "dense"]
+
+
+@dataclass(frozen=True, eq=False)
+class Through(Weight):
+    """An `Affine` weight whose parts are `data`, what is rounded, and `scale` (and `zero`), float32."""
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The rounded values, through which gradients reach what is rounded and its scale."""
+        assert isinstance(self.encoding, Affine)
+        groups = self.parts["data"].unflatten(-1, (-1, self.encoding.group or self.shape[-1]))
+        scale, zero = self.parts["scale"].unsqueeze(-1), self.parts.get("zero")
+        half: int = 2 ** (self.encoding.width - 1)
+        low, high = (1 - half, half - 1) if zero is None else (0, 2 * half - 1)
+        divisor = torch.where(scale == 0, 1.0, scale)
+        base = groups if zero is None else groups - zero.unsqueeze(-1)
+        exact = (base / divisor).clamp(low, high)
+        codes = exact + (exact.round() - exact).detach()
+        out: torch.Tensor = codes * scale if zero is None else codes * scale + zero.unsqueeze(-1)
+        return out.reshape(self.shape).to(dtype)
+
+
+@dataclass
+class Learned:
+    """The leaves that learn, float32 by `weight/part`, and a fork of the program with the `weights` that read them."""
+
+    part: Program
+    weights: dict[str, Weight] = field(default_factory=dict)
+    leaves: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, program: Program, kinds: tuple[Kind, ...], source: Mapping[str, Weight] = MappingProxyType({})
+    ) -> Learned:
+        """Of a fork of the program; its other weights are decoded once.
+
+        source: weights as they were before they were rounded: what is rounded while codes learn begins there, where
+        that is what was rounded, and as near to it as the codes allow.
+        """
+        made = cls(program.fork())
+        whole = {name for name, how in matrices(program).items() if not isinstance(how, str)}
+        for name, weight in program.weights.items():
+            dense = "dense" if name in whole else "norms" if _beside(program, name) else None
+            made.weights[name] = made._weight(name, weight, dense in kinds, kinds, source.get(name))
+        made.part.weights = dict(made.weights)
+        return made
+
+    def stored(self, old: Mapping[str, Weight]) -> dict[str, Weight]:
+        """What was learned, each in the encoding and the types that it had."""
+        names = dict.fromkeys(leaf.rpartition("/")[0] for leaf in self.leaves)
+        return {name: _stored(old[name], self.weights[name]) for name in names}
+
+    def _weight(
+        self, name: str, weight: Weight, learns: bool, kinds: tuple[Kind, ...], source: Weight | None
+    ) -> Weight:
+        encoding = weight.encoding
+        if isinstance(encoding, Dense):
+            value = self._leaf(f"{name}/data", weight.dense()) if learns else weight.dense()
+            return replace(Weight.of(value), parts={"data": value})
+        if not isinstance(encoding, Affine) or not {"scales", "codes"} & set(kinds):
+            return Weight.of(weight.dense())
+        parts = {part: weight.parts[part].float().clone() for part in ("scale", "zero") if part in weight.parts}
+        if "scales" in kinds:
+            parts = {part: self._leaf(f"{name}/{part}", value) for part, value in parts.items()}
+        if "codes" in kinds:
+            data = self._leaf(f"{name}/data", _before(weight, source))
+            return Through(weight.shape, encoding, {"data": data, **parts})
+        return Weight(weight.shape, encoding, {**weight.parts, **parts})
+
+    def _leaf(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        self.leaves[name] = value.float().clone().requires_grad_()
+        return self.leaves[name]
+
+
+def _beside(program: Program, name: str) -> bool:
+    """Whether a weight is a gain or a bias of norms and products, and nothing else."""
+    users = program.uses(name)
+    vector = len(program.weights[name].shape) == 1 and bool(users)
+    return vector and all(is_op(user, RMS_NORM, LAYER_NORM, LINEAR) for user in users)
+
+
+def _before(weight: Weight, source: Weight | None) -> torch.Tensor:
+    """Values that round to an `Affine` weight's codes: those of the source where they do, else the nearest to them."""
+    rounded = weight.dense()
+    if source is None or source.shape != weight.shape:
+        return rounded
+    value = source.dense()
+    if (value - rounded).square().sum() > rounded.square().sum():  # turned or scaled in the meantime
+        return rounded
+    scale = weight.parts["scale"].float().unsqueeze(-1)
+    reach = (0.499 * scale).expand(*scale.shape[:-1], rounded.numel() // scale.numel()).reshape(rounded.shape)
+    return torch.clamp(value, rounded - reach, rounded + reach)
+
+
+@torch.no_grad()
+def _stored(old: Weight, new: Weight) -> Weight:
+    if isinstance(old.encoding, Dense):
+        return replace(old, parts=old.encoding.encode(new.dense()))
+    assert isinstance(old.encoding, Affine)
+    held = {part: new.parts[part].detach().to(old.parts[part].dtype) for part in ("scale", "zero") if part in old.parts}
+    if not isinstance(new, Through):
+        return replace(old, parts={**old.parts, **held})
+    groups = new.parts["data"].detach().unflatten(-1, (-1, old.encoding.group or old.shape[-1]))
+    wide = {part: value.unsqueeze(-1) for part, value in held.items()}
+    codes = Steps(old.encoding, wide["scale"], wide.get("zero")).codes(groups).reshape(old.shape)
+    return replace(old, parts=old.encoding.parts(codes, **held))
