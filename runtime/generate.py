@@ -7,8 +7,9 @@ of steps and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import cached_property
 
 import torch
 
@@ -17,8 +18,9 @@ from .accept import Standing, Walker, acceptor
 from .constraint import Constraint
 from .drafters.base import Drafted, Drafter, Verified
 from .drafters.make import Setting, drafter
+from .pace import Emitted, Pace
 from .sampling import Sampling, not_finite
-from .session import Draw, Session
+from .session import Draw, Session, Watch
 from .trees import Trees
 from .writer import Limits, Writer, one_thread
 
@@ -36,8 +38,12 @@ class Decoding(Writer):
         requests: Sequence[int] | None = None,
         step_done: Callable[[], None] = lambda: None,
         constraint: Constraint | None = None,
+        pace: Pace | None = None,
     ) -> None:
-        """`requests`: ids that key each row's noise, its row number by default. `step_done` is called after a step."""
+        """`requests`: ids that key each row's noise, its row number by default. `step_done` is called after a step.
+
+        `pace`: what is known of how well drafting pays, by which it pauses where no token depends on it.
+        """
         super().__init__(session, prompts, sampling, limits, requests, step_done, constraint)
         program = session.plan.program
         plan = program.decode if speculate else None
@@ -53,6 +59,10 @@ class Decoding(Writer):
             )
         draw = Draw(sampling.seed, sampling.temperature, self._requests)
         self._draw = draw if sampling.plain and self._guides is None else None
+        drafted = self.drafter is not None and self._accept.plain
+        resting = program.depth is not None or (program.draft is not None and program.draft.depth is not None)
+        self._pace = pace if drafted and not resting else None
+        self._untold = [0] * len(self.rows)  # newest tokens of each row that the drafter has not heard of
 
     def run(self) -> Iterator[tuple[int, list[int]]]:
         """Yields (row, tokens) until every row has ended; a row's first token comes out of its prompt."""
@@ -64,8 +74,7 @@ class Decoding(Writer):
 
     def _decided(self) -> Iterator[tuple[int, list[int]]]:
         harvest = self.drafter.harvest if self.drafter and self.drafter.harvests else None
-        watch = self.drafter.watch if self.drafter and self.drafter.watches else None
-        outputs = self.session.prefill(self._fresh(), harvest, watch=watch)
+        outputs = self.session.prefill(self._fresh(), harvest, watch=self._watch)
         everyone = torch.arange(len(self.rows))
         with one_thread():
             first = self._choose(everyone, outputs["logits"], torch.tensor([len(row.prompt) for row in self.rows]))
@@ -75,28 +84,39 @@ class Decoding(Writer):
                 self.drafter.observe(number, Verified((), (0,), told))
                 self.drafter.begin(number, [*self.rows[number].prompt, token])
             yield number, self._emit(number, [token])
-        chains = self._draw is not None and self.drafter is None and self.session.chains
         while not all(row.done for row in self.rows):
-            yield from self._chain() if chains else self._step()
+            drafts = self.drafter is not None and (self._pace is None or self._pace.drafts)
+            steps = self._step(drafts) if drafts or not self._chains else self._chain()
+            for emitted in steps if self._pace is None else self._pace.watched(steps):
+                yield from emitted
 
-    def _step(self) -> Iterator[tuple[int, list[int]]]:
+    @property
+    def _watch(self) -> Watch | None:
+        """Who wants to see the model's other outputs."""
+        return self.drafter.watch if self.drafter is not None and self.drafter.watches else None
+
+    @cached_property
+    def _chains(self) -> bool:
+        """Whether steps without a draft need nothing of the host."""
+        return self._draw is not None and self.session.chains
+
+    def _step(self, drafts: bool) -> Generator[Emitted, None, None]:
         with self._quiet():
-            fresh = self._verified()
+            fresh = self._verified(drafts)
         self.counts.steps += 1
         self.counts.tokens += sum(map(len, fresh))
-        for number, tokens in enumerate(fresh):
-            if tokens:
-                yield number, self._emit(number, tokens)
         self.step_done()
+        yield [(number, self._emit(number, tokens)) for number, tokens in enumerate(fresh) if tokens]
 
-    def _chain(self) -> Iterator[tuple[int, list[int]]]:
+    def _chain(self) -> Generator[Emitted, None, None]:
         """Steps of one token a row until one of the rows ends, or a page has to leave the cache."""
         assert self._draw is not None
         running = self.running
         room = self.session.cache.room()
         steps = min(min(room[n], self.limits.new_tokens - len(self.rows[n].tokens)) for n in running)
-        tokens = [row.tokens[-1] for row in self.rows]
-        with closing(self.session.chain(tokens, [not row.done for row in self.rows], steps, self._draw)) as chain:
+        tokens, watch = [row.tokens[-1] for row in self.rows], self._watch
+        chain = self.session.chain(tokens, [not row.done for row in self.rows], steps, self._draw, watch)
+        with closing(chain):
             for chosen in chain:
                 self.counts.steps += 1
                 self.counts.tokens += len(running)
@@ -104,14 +124,15 @@ class Decoding(Writer):
                     row = self.rows[number]
                     if chosen[number] < 0:
                         raise not_finite(number, len(row.prompt) + len(row.tokens))
-                    yield number, self._emit(number, [chosen[number]])
+                    self._untold[number] += 1
                 self.step_done()
+                yield [(number, self._emit(number, [chosen[number]])) for number in running]
                 if any(self.rows[number].done for number in running):
                     return
 
-    def _verified(self) -> list[list[int]]:
+    def _verified(self, drafts: bool) -> list[list[int]]:
         """Draft, evaluate, walk and commit; returns the tokens that each row got."""
-        tree = Trees(self._drafts(), self.drafter is not None and self.drafter.fixed)
+        tree = Trees(self._drafts(drafts), self.drafter is not None and self.drafter.fixed)
         running = torch.tensor([not row.done for row in self.rows])
         positions = torch.tensor(self.session.cache.lengths)[:, None] + tree.depths
         valid = running[:, None] & tree.real & (positions < self.session.cache.capacity)
@@ -119,16 +140,20 @@ class Decoding(Writer):
         outputs = self.session.step(tree.tokens, positions * valid, valid, tree.ancestors, draw=draw)
         paths, fresh = self._walk(tree, positions, outputs["logits"])
         if self.drafter is not None:
-            self._tell(self.drafter, tree, valid, outputs, paths, fresh)
+            self._tell(self.drafter, drafts, tree, valid, outputs, paths, fresh)
         self.session.cache.commit(paths)
         return fresh
 
-    def _drafts(self) -> list[Drafted]:
+    def _drafts(self, drafts: bool) -> list[Drafted]:
         """What each row drafts; one that has ended, where nothing is looked at, what another one does."""
         running = self.running
-        if self.drafter is None:
+        if self.drafter is None or not drafts:
             made = {number: Drafted.chain(self.rows[number].tokens[-1:]) for number in running}
         else:
+            for number in running:
+                if untold := self._untold[number]:
+                    self.drafter.begin(number, self.rows[number].tokens[-untold:])
+                    self._untold[number] = 0
             made = self.drafter.propose_all(running)
         some = next(iter(made.values()))
         return [made.get(number, some) for number in range(len(self.rows))]
@@ -136,13 +161,14 @@ class Decoding(Writer):
     def _tell(
         self,
         drafter: Drafter,
+        drafts: bool,
         tree: Trees,
         valid: torch.Tensor,
         outputs: Mapping[str, torch.Tensor],
         paths: Sequence[Sequence[int]],
         fresh: Sequence[Sequence[int]],
     ) -> None:
-        """Let the drafter learn from the step."""
+        """Let the drafter learn from the step, even if it did not draft."""
         chosen = self.session.chosen
         for number, path in enumerate(paths):
             if not path:
@@ -152,7 +178,12 @@ class Decoding(Writer):
                 read: slice | torch.Tensor = slice(None) if whole else valid[number]
                 drafter.harvest(number, tree.tokens[number][read], outputs["logits"][number][read])
             told = {name: value[number] for name, value in outputs.items()}
-            drafter.observe(number, Verified(fresh[number], path, told, None if chosen is None else chosen[number]))
+            if drafts:
+                drafter.observe(number, Verified(fresh[number], path, told, None if chosen is None else chosen[number]))
+                continue
+            self._untold[number] += len(fresh[number])
+            if drafter.watches:
+                drafter.watch(number, {name: value[:1] for name, value in told.items() if name != "logits"})
 
     def _walk(
         self, tree: Trees, positions: torch.Tensor, logits: torch.Tensor
@@ -169,9 +200,11 @@ class Decoding(Writer):
         paths: list[list[int]] = [[0] if steps else [] for steps in left]
         fresh: list[list[int]] = [[] for _ in left]
         walking = [number for number, steps in enumerate(left) if steps]
+        kernels = self.session.chosen if self._accept.plain else None
+        chosen = None if kernels is None else kernels.tolist()
         while walking:
             down = []
-            for number, token, child in self._behind(walking, paths, tree, positions, logits):
+            for number, token, child in self._behind(walking, paths, tree, positions, logits, chosen):
                 fresh[number].append(token)
                 ends = token in self.limits.eos or (self._guides is not None and self._guides[number].over)
                 if child is not None and len(paths[number]) < left[number] and not ends:
@@ -187,12 +220,16 @@ class Decoding(Writer):
         tree: Trees,
         positions: torch.Tensor,
         logits: torch.Tensor,
+        chosen: Sequence[Sequence[int]] | None,
     ) -> Iterator[tuple[int, int, int | None]]:
-        """(row, token, its node if it was drafted) behind the last node of each row's path."""
+        """(row, token, its node if it was drafted) behind the last node of each row's path.
+
+        `chosen` [B][N]: what the kernels chose, if they do and the rule takes it.
+        """
         nodes = [paths[number][-1] for number in rows]
-        if self._accept.plain and self.session.chosen is not None:
+        if chosen is not None:
             for number, node in zip(rows, nodes, strict=True):
-                token = int(self.session.chosen[number, node])
+                token = chosen[number][node]
                 if token < 0:
                     raise not_finite(number, int(positions[number, node]) + 1)
                 yield number, token, tree.child(number, node, token)

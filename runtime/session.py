@@ -176,13 +176,13 @@ class Session:
         return bound.outputs
 
     def chain(
-        self, tokens: Sequence[int], running: Sequence[bool], steps: int, draw: Draw
+        self, tokens: Sequence[int], running: Sequence[bool], steps: int, draw: Draw, watch: Watch | None = None
     ) -> Generator[list[int], None, None]:
         """Steps of one token a row, each on what the last one chose; yields the choices, -1 where no score was finite.
 
         Rows that are not `running` stand still. At most `steps`, which `cache.room` must allow, and none beyond a stage
         of the depth plan; what was yielded is committed when the iterator ends or is closed. Needs a plan whose kernels
-        choose: see `chains`.
+        choose: see `chains`. `watch`: as in `prefill`.
         """
         bound = self.bound(1, stage=self._stage())
         if self._depth is not None:
@@ -199,6 +199,9 @@ class Session:
             bound.run()
             while True:
                 done += 1
+                if watch is not None:
+                    for row in rows:
+                        watch(row, {name: value[row] for name, value in bound.outputs.items() if name != "logits"})
                 yield bound.chooser.chosen[:, 0].tolist()
                 if done == steps:
                     return

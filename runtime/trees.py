@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -34,15 +35,14 @@ class Trees:
         self.drafts = drafts
         shapes = [(tuple(draft.parents), draft.aside) for draft in drafts]
         same = all(shape == shapes[0] for shape in shapes) if shapes[0][1] is None else len(shapes) == 1
-        sizes = [len(draft.tokens) + (len(draft.aside.tokens) if draft.aside else 0) for draft in drafts]
+        rows = [draft.tokens + draft.aside.tokens if draft.aside else draft.tokens for draft in drafts]
+        sizes = tuple(map(len, rows))
         width = max(sizes) if fixed else padded(max(sizes))
-        self.tokens = torch.zeros(len(drafts), width, dtype=torch.int64)
-        self.real = torch.arange(width) < torch.tensor(sizes)[:, None]
-        for row, draft in enumerate(drafts):
-            tokens = draft.tokens + (draft.aside.tokens if draft.aside else [])
-            self.tokens[row, : sizes[row]] = torch.tensor(tokens)
+        self.tokens = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in rows])
+        self.real = _real(sizes, width)
         shaped = drafts[:1] if same else drafts
-        self.depths = torch.stack([_depths(draft, width) for draft in shaped])
+        found = [_depths(draft, width) for draft in shaped]
+        self.depths = found[0][None] if same else torch.stack(found)
         self.ancestors: torch.Tensor | None = None
         if width > 1:
             seen = [_seen(draft, width) for draft in shaped]
@@ -68,6 +68,12 @@ class Trees:
             nodes = [child for child in range(1, len(draft.tokens)) if draft.parents[child] == node]
         law = None if draft.laws is None else draft.laws[node]
         return Below([draft.tokens[child] for child in nodes], nodes, law)
+
+
+@lru_cache(maxsize=512)
+def _real(sizes: tuple[int, ...], width: int) -> torch.Tensor:
+    """bool [B, width]: the rows of a step that hold something."""
+    return torch.arange(width) < torch.tensor(sizes)[:, None]
 
 
 def _seen(draft: Drafted, width: int) -> torch.Tensor:

@@ -26,12 +26,21 @@ class Row:
     reason: str = ""
 
 
+Heard = Callable[[Sequence[int]], bool]
+"""Is told a text's tokens as they come, and says whether these end it."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """When a row ends: after `new_tokens`, or at one of `eos`."""
+    """When a row ends: after `new_tokens`, or at one of `eos`.
+
+    `listen` makes for a text what ends it early, such as at a stop string. Only a text that a search writes for itself
+    asks it: who reads the answer ends that by `Writer.stop`.
+    """
 
     new_tokens: int
     eos: frozenset[int] = frozenset()
+    listen: Callable[[], Heard] = lambda: lambda tokens: False
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -19,7 +19,7 @@ class Step:
 
     positions: torch.Tensor
     valid: torch.Tensor
-    ancestors: torch.Tensor | None = None
+    ancestors: torch.Tensor | None = None  # never written to
 
     @property
     def tokens(self) -> int:
@@ -44,16 +44,25 @@ class Step:
     @cached_property
     def words(self) -> torch.Tensor:
         """What every token sees as a bitset int64 [B, T, ceil(T / 64)]: bit j % 64 of word j // 64."""
-        rows, tokens = self.positions.shape
+        tokens = self.tokens
         if tokens == 1:
             return self.valid[..., None].to(torch.int64)
         if self.ancestors is not None:
-            return torch.stack([_pack(self.sees(row, slice(None))) for row in range(rows)])
+            tree = _tree(self.ancestors)
+            if self.valid.all():
+                return tree.expand(len(self.valid), -1, -1).contiguous()
+            return torch.where(self.valid[..., None], _pack(self.valid)[:, None] & tree, 0)
         # valid tokens stand in order, so token i sees the valid ones up to itself
         index = torch.arange(tokens, device=self.valid.device)[:, None]
         ahead = index - WORD * torch.arange(-(-tokens // WORD), device=self.valid.device)
         within = torch.where(ahead < WORD - 1, (1 << (ahead.clamp(-1, WORD - 2) + 1)) - 1, -1)
         return torch.where(self.valid[..., None], _pack(self.valid)[:, None] & within, 0)
+
+
+@lru_cache(maxsize=64)
+def _tree(ancestors: torch.Tensor) -> torch.Tensor:
+    """The bitset of a tree's rows, each of which sees itself; trees of static shape come as the same tensor again."""
+    return _pack(ancestors.to(torch.bool) | torch.eye(ancestors.shape[-1], dtype=torch.bool, device=ancestors.device))
 
 
 def _pack(bits: torch.Tensor) -> torch.Tensor:

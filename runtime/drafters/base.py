@@ -74,18 +74,18 @@ class Drafter:
     harvests = False
     """Whether it wants to see all logits of prompts and steps."""
     watches = False
-    """Whether it wants to see the model's other outputs at every token of prompts."""
+    """Whether it wants to see the model's other outputs at every token that it did not draft behind."""
     fixed = False
     """Whether every draft has the same shape."""
 
     def begin(self, row: int, tokens: Sequence[int]) -> None:
-        """The row's prompt, and the first token, which is pending."""
+        """The row's prompt, and the first token, which is pending; later on tokens that came without a draft."""
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """Tokens [n] and the logits [n, V] behind each, as the model gave them; drafts that were wrong included."""
 
     def watch(self, row: int, outputs: Mapping[str, torch.Tensor]) -> None:
-        """The model's outputs [n, ...] but the logits at the next tokens of the row's prompt, before `begin`."""
+        """The model's outputs [n, ...] but the logits at the row's next tokens, before `begin` tells of these."""
 
     def observe(self, row: int, verified: Verified) -> None:
         """A verified step of the row, the prompt's last token as the first of them (with nothing fresh)."""

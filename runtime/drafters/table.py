@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ...ir.decode import Recycle, Tree
 from .base import Drafted, Drafter, Verified
 from .largest import largest
+
+Indices: TypeAlias = npt.NDArray[np.int64]
 
 
 class RecycleDrafter(Drafter):
@@ -21,7 +26,7 @@ class RecycleDrafter(Drafter):
 
     def __init__(self, draft: Recycle, vocabulary: int, rows: int) -> None:
         self.width = draft.width
-        self.matrix = torch.zeros(vocabulary, draft.width, dtype=torch.int64)
+        self.matrix = np.zeros((vocabulary, draft.width), np.int64)
         self._levels = _levels(draft.tree)
         self._tree = draft.tree
         self._pending = [0] * rows
@@ -30,24 +35,21 @@ class RecycleDrafter(Drafter):
         self._pending[row] = tokens[-1]
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        best = largest(logits, self.width)
-        known, places = tokens.unique(return_inverse=True)
-        last = torch.zeros_like(known).scatter_reduce_(0, places, torch.arange(len(tokens)), "amax", include_self=False)
-        self.matrix[known] = best[last]
+        self.matrix[tokens.numpy()] = largest(logits, self.width).numpy()  # of equal indices the last one counts
 
     def observe(self, row: int, verified: Verified) -> None:
         if verified.fresh:
             self._pending[row] = verified.fresh[-1]
 
     def propose(self, row: int) -> Drafted:
-        tokens = torch.full((len(self._tree),), self._pending[row])
+        tokens = np.full(len(self._tree), self._pending[row])
         for nodes, parents, ranks in self._levels:
             tokens[nodes] = self.matrix[tokens[parents], ranks]
         return Drafted(tokens.tolist(), self._tree.parents)
 
 
-def _levels(tree: Tree) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _levels(tree: Tree) -> list[tuple[Indices, Indices, Indices]]:
     """(nodes, parents, ranks) of each depth below the root."""
-    depths, parents, ranks = (torch.tensor(column) for column in (tree.depths, tree.parents, tree.ranks))
-    found = [torch.nonzero(depths == depth).flatten() for depth in range(1, max(tree.depths) + 1)]
+    depths, parents, ranks = (np.array(column) for column in (tree.depths, tree.parents, tree.ranks))
+    found = [np.flatnonzero(depths == depth) for depth in range(1, max(tree.depths) + 1)]
     return [(nodes, parents[nodes], ranks[nodes]) for nodes in found]

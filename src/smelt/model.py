@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -30,6 +30,7 @@ from .runtime import artefact
 from .runtime.align import Alignment
 from .runtime.bound import Bound, binding
 from .runtime.constraint import constraint
+from .runtime.pace import Pace
 from .runtime.prefix import Prefix, Reader
 from .runtime.profile import Timing, profile
 from .runtime.search.make import writer
@@ -102,6 +103,7 @@ class Compiled:
         self._decoded: dict[str, torch.Tensor] = {}
         self._bound: dict[tuple[torch.Size, ...], Bound] = {}
         self._idle: Session | None = None
+        self._paces: dict[tuple[bool, int], Pace] = {}  # greedy or not, and rows
         self.alignment = Alignment()
         """What answers drawn with constrain="align" have shown; `constrain=Alignment()` brings another one."""
 
@@ -178,10 +180,11 @@ class Compiled:
 
         Options: max_new_tokens (64), temperature (0: greedy), top_k, top_p, min_p, typical_p, repetition_penalty (by
         default what the recipe presets), seed, stop (strings), eos (token ids, the model's own by default), speculate
-        (True: use the recipe's drafter; the tokens are the same either way), prefix (what `read` gave: every prompt
-        continues it), against (another prompt, or one for each, where the recipe contrasts prompts), and one of
-        json_schema (a dict or text), regex and grammar (Lark's syntax), which the answer then follows, held to it as
-        constrain says (mask, align, an Alignment, or reject; by default the recipe's way).
+        (True: the recipe's drafter drafts, and pauses while that costs more time than it saves, if no token depends on
+        it; "always": without a pause; False: never), prefix (what `read` gave: every prompt continues it), against
+        (another prompt, or one for each, where the recipe contrasts prompts), and one of json_schema (a dict or text),
+        regex and grammar (Lark's syntax), which the answer then follows, held to it as constrain says (mask, align, an
+        Alignment, or reject; by default the recipe's way).
         """
         prompts, single = as_batch(prompt)
         result = self.complete(prompts, **options)
@@ -324,7 +327,11 @@ class Compiled:
         alignment = self.alignment if asked.alignment is None else asked.alignment
         held = constraint(asked.constraints, spelled, vocabulary, eos, asked.constrain, alignment)
         against = None if asked.against is None else self._others(asked.against, before, len(ids))
-        written = writer(session, ids, asked.sampling, asked.limits, asked.speculate, held, against)
+        pace = self._paces.setdefault((asked.sampling.greedy, len(ids)), Pace()) if asked.speculate is True else None
+        limits = asked.limits
+        if asked.stop:
+            limits = replace(limits, listen=lambda: Stream(self.tokenizer, asked.stop).ends)
+        written = writer(session, ids, asked.sampling, limits, bool(asked.speculate), held, against, pace)
         if asked.stop and not has_text:
             raise SmeltError("generate: stop strings need the model's tokenizer: pass tokenizer=FOLDER to compile")
         return written, [Stream(self.tokenizer, asked.stop) for _ in ids] if has_text else [], start

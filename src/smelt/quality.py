@@ -19,6 +19,7 @@ from .ir.decode import Walk
 from .ir.errors import SmeltError, nearest
 from .model import Compiled, Generation
 from .passes.measure import Divergence, compare, perplexity
+from .request import Speculate
 from .runtime.session import Session
 from .texts import Text
 
@@ -166,7 +167,7 @@ class Meter:
         assert self.source is not None
         return compare(self.source.logits, self._logits)
 
-    def _generate(self, speculate: bool) -> list[Generation]:
+    def _generate(self, speculate: Speculate) -> list[Generation]:
         """Every prompt with each of REQUESTS, one at a time."""
         new = min(NEW, self.compiled.context - self.compiled.ahead - len(self.text.prompts[0]))
         fixed: dict[str, Any] = {"max_new_tokens": new, "eos": (), "speculate": speculate}
@@ -178,7 +179,7 @@ class Meter:
     @cached_property
     def _generated(self) -> list[Generation]:
         self.compiled.complete(self.text.prompts[:1], max_new_tokens=2)  # builds what is not built yet
-        return self._generate(speculate=True)
+        return self._generate(speculate="always")
 
     def _taken(self, sampled: bool) -> list[Generation]:
         return [g for number, g in enumerate(self._generated) if bool(number % len(REQUESTS)) == sampled]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -19,6 +19,7 @@ from .runtime.sampling import Sampling
 from .runtime.writer import Limits
 
 Prompt: TypeAlias = str | Sequence[int] | torch.Tensor
+Speculate: TypeAlias = Literal[True, False, "always"]
 SAMPLING = tuple(field.name for field in fields(Sampling))
 OPTIONS = ("max_new_tokens", "stop", "eos", "speculate", "prefix", "against", "constrain", *CONSTRAINTS, *SAMPLING)
 
@@ -30,7 +31,7 @@ class Request:
     sampling: Sampling
     limits: Limits
     stop: Sequence[str]
-    speculate: bool
+    speculate: Speculate
     prefix: Prefix | None
     against: Any
     """The other prompt, or one for each."""
@@ -52,13 +53,16 @@ def request(options: Mapping[str, Any], facts: Mapping[str, Any], choice: Choice
         raise SmeltError(f"generate: max_new_tokens must be a whole number from 1, not {new_tokens!r}")
     if prefix is not None and not isinstance(prefix, Prefix):
         raise SmeltError(f"generate: prefix is what `read` or `load_prefix` gave, not a {type(prefix).__name__}")
+    speculate = given.get("speculate", True)
+    if speculate not in get_args(Speculate):
+        raise SmeltError(f"generate: speculate is True (as long as it pays), False or 'always', not {speculate!r}")
     preset: dict[str, Any] = choice.preset.options if choice is not None else {}
     sampling = preset | {name: given[name] for name in SAMPLING if name in given}
     return Request(
         Sampling(**sampling),
         Limits(new_tokens, frozenset(given.get("eos", facts.get("eos") or ()))),
         given.get("stop", ()),
-        given.get("speculate", True),
+        speculate,
         prefix,
         given.get("against"),
         {kind: given.get(kind) for kind in CONSTRAINTS},

@@ -61,7 +61,7 @@ def tune(
             done(kind * (ROUNDS + 1) * len(sizes) + number, len(KINDS) * (ROUNDS + 1) * len(sizes))
             compiled.program.decode = replace(free, limits=(size, size))
             for prompt in prompts:
-                made = compiled.complete([prompt], max_new_tokens=NEW, eos=(), **options)
+                made = compiled.complete([prompt], max_new_tokens=NEW, eos=(), speculate="always", **options)
                 if number >= len(sizes):  # the first turn builds and binds
                     taken[size].append((made.tokens_per_second, made.step_tokens, made.steps))
         rates = {size: statistics.median(rate for rate, _, _ in each) for size, each in taken.items()}

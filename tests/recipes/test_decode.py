@@ -17,7 +17,14 @@ from smelt.recipes import load, shipped
 from smelt.texts import held_out_text, training_texts
 
 PROMPTS = [held_out_text()[at : at + 400] for at in (2000, 40000)]
-TRAINED = {"medusa-heads": "train.heads", "blockwise": "train.heads", "eagle": "train.feature", "ppd": "train.prompts"}
+TRAINED = {
+    "medusa-heads": "train.heads",
+    "blockwise": "train.heads",
+    "eagle": "train.feature",
+    "flash": "train.feature",
+    "ppd": "train.prompts",
+    "chimera": "train.fuse",
+}
 SHORTENED = ("skipdecode", "ffn-skipllm")  # leave blocks out for good
 EXACT = [
     header.name
@@ -52,7 +59,7 @@ def test_no_token_changes_and_fewer_steps_are_taken(name: str) -> None:
     lm = compiled(name)
     walks = isinstance(lm.program.decode.accept, Walk)  # type: ignore[union-attr]
     for options in (GREEDY, SAMPLED):
-        drafted = lm.complete(PROMPTS, **options)
+        drafted = lm.complete(PROMPTS, **options, speculate="always")
         assert drafted.steps < 31 or options is SAMPLED
         if walks or options is GREEDY:
             plain = lm.complete(PROMPTS, **options, speculate=False)
@@ -89,6 +96,6 @@ def test_another_model_may_draft() -> None:
     recipe = {"name": "drafted", "family": "deploy", "does": "Is drafted for.", "steps": steps}
     lm = smelt.compile(str(smelt.reference_model()), recipe, draft=small)
     for options in (GREEDY, SAMPLED):
-        drafted, plain = (lm.complete(PROMPTS, **options, speculate=speculate) for speculate in (True, False))
+        drafted, plain = (lm.complete(PROMPTS, **options, speculate=speculate) for speculate in ("always", False))
         assert [row.tokens for row in drafted.rows] == [row.tokens for row in plain.rows]
         assert drafted.steps < 16
