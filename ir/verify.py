@@ -10,7 +10,7 @@ from torch import fx
 
 from .blocks import blocks
 from .cache.plan import Site
-from .decode import Heads, Model, Recycle
+from .decode import Fused, Heads, Model, Recycle
 from .encoding import Dense
 from .errors import SmeltError, nearest
 from .ops import CACHED_ATTENTION, OPS, arguments
@@ -125,8 +125,10 @@ def _results(program: Program) -> None:
         _refuse(program, f"a decoder has the output logits, not only {', '.join(program.outputs)}")
     logits = program.outputs["logits"].meta["shape"]
     vocabulary = program.facts.get("vocabulary", logits[-1])
-    if not same_shape(logits, (symbol("B"), symbol("T"), vocabulary)):
-        _refuse(program, f"logits are {shown(logits)}, a decoder of {vocabulary} tokens yields [B, T, {vocabulary}]")
+    ahead = [program.facts["ahead"]] if "ahead" in program.facts else []  # tokens that a draft model guesses at once
+    wanted = (symbol("B"), symbol("T"), *ahead, vocabulary)
+    if not same_shape(logits, wanted):
+        _refuse(program, f"logits are {shown(logits)}, a decoder of {vocabulary} tokens yields {shown(wanted)}")
 
 
 def _cache(program: Program) -> None:
@@ -173,10 +175,12 @@ def _decode(program: Program) -> None:
     if any(isinstance(draft, Model) for draft in plan.draft.parts):
         _draft_model(program, vocabulary)
     for draft in plan.draft.parts:
-        if isinstance(draft, Recycle | Heads) and draft.width > vocabulary:
+        if isinstance(draft, Recycle | Heads | Fused) and draft.width > vocabulary:
             _refuse(program, f"decode plan: drafts {draft.width} candidates out of {vocabulary} tokens")
         if isinstance(draft, Heads):
             _heads(program, draft, vocabulary)
+        if isinstance(draft, Fused):
+            _fused(program, draft, vocabulary)
 
 
 def _choice(program: Program) -> None:
@@ -239,6 +243,18 @@ def _draft_model(program: Program, vocabulary: Any) -> None:
     for name in program.draft.inputs:
         if name not in ("tokens", "positions", *program.outputs):
             _refuse(program, f"decode plan: the draft model reads '{name}', which is no output of the model")
+
+
+def _fused(program: Program, draft: Fused, vocabulary: Any) -> None:
+    """There is a layer over the model's features whose heads fit the tree."""
+    layer, depth = program.draft, max(draft.tree.depths)
+    if layer is None or layer.cache is None or "features" not in layer.inputs or "features" not in program.outputs:
+        _refuse(program, "decode plan: drafts come from a layer over the output 'features', which is missing")
+    heads, words = layer.facts.get("ahead", 1), layer.outputs["logits"].meta["shape"][-1]
+    if words != vocabulary:
+        _refuse(program, f"decode plan: the draft model has {words} tokens, the model {vocabulary}")
+    if depth > heads:
+        _refuse(program, f"decode plan: the tree is {depth} deep, but the layer over the features has {heads} heads")
 
 
 def _heads(program: Program, draft: Heads, vocabulary: Any) -> None:

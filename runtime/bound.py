@@ -203,7 +203,7 @@ class Bound:
 
     @contextmanager
     def _last_only(self, nodes: Sequence[fx.Node]) -> Iterator[None]:
-        """Where only the last tokens' logits are asked for, these nodes read the rows [B, 1, K] of those tokens."""
+        """Where only the last tokens' logits are asked for, these nodes read the rows [B, 1, …] of those tokens."""
         if self.last is None or self._logits is None or self._logits[1] not in nodes:
             yield
             return
@@ -211,9 +211,9 @@ class Bound:
         whole = self._values[source]
         x = whole if whole.is_contiguous() else self._copy(whole)
         self._values[source] = out = self._pool.take(
-            torch.empty(x.shape[0], 1, x.shape[2], dtype=x.dtype, device="meta")
+            torch.empty(x.shape[0], 1, *x.shape[2:], dtype=x.dtype, device="meta")
         )
-        self._note(self._picked(x, self.last, out), source)
+        self._note(self._picked(x.flatten(2), self.last, out.flatten(2)), source)
         yield
         self._values[source] = whole
         self._return([out] if x is whole else [out, x])

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from ...ir.blocks import Block, blocks, without
-from ...ir.cache import CachePlan, Site
-from ...ir.ops import LINEAR, QUANTIZED, RMS_NORM, ROTARY, arguments
+from ...ir.blocks import blocks
+from ...ir.errors import SmeltError
+from ...ir.ops import LINEAR, RMS_NORM
 from ...ir.program import Program
-from ...ir.weight import Weight
-from .._contracts import cached_decoder
-from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ..base import Outcome, Samples
+from ._layer import EPSILON, FEATURES, Layered
 
-FEATURES = "features"  # the name of the model's output, and of the draft's input and output
-PROJECTION = "feature.projection"  # begins the names of the two halves of the projection
-NORM = "feature.norm"  # begins those of the norms in front: features are hundreds of times as large as embeddings
-EPSILON = 1e-6
+AHEAD = "feature.ahead"  # begins the names of the weights that give further states
+INNER = 4  # width of the layer inside, in widths of the model
 
 
 @dataclass(frozen=True)
-class Feature(Pass):
+class Feature(Layered):
     """A draft model of one layer that guesses the model's next feature, and through the model's head the next token.
 
     A feature [B, T, K] is the state behind the model's last layer, in front of its last norm; the model gives it out as
@@ -33,6 +28,8 @@ class Feature(Pass):
     t + 1. Where no feature is known yet it takes its own. Embedding, last norm and head are the model's. It drafts when
     decode.draft comes behind it, and drafts badly until train.feature has run.
 
+    ahead: states that a pass gives, one place further each (FLASH, 2025), so that as many tokens are drafted before the
+        next pass; 1 is EAGLE. The first is the layer's; the others are a matrix of it and what a network makes of it.
     dtype: how its own weights and its keys and values are stored.
 
     Deviations: the layer starts as the model's last one, with its normalisation, where the released code starts anew.
@@ -40,83 +37,46 @@ class Feature(Pass):
     norms in front of the projection are EAGLE-3's.
     """
 
-    exactness: ClassVar[Exactness] = Exactness.EXACT
-    effects: ClassVar[frozenset[Effect]] = frozenset({"outputs", "decode"})
+    ahead: int = 1
 
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-
-    def requires(self, program: Program) -> Iterator[str]:
-        """A decoder with a cache plan and no draft model, whose layers are residual."""
-        yield from cached_decoder(program)
-        if program.draft is not None:
-            yield f"{program.name} must not have a draft model yet: keep one of the two steps"
-        if FEATURES in program.outputs or FEATURES in program.inputs:
-            yield f"{program.name} must not use the name '{FEATURES}', which stands for what the draft reads"
-        layers = {block.layer for block in blocks(program)}
-        if len(layers) < 2:
-            yield f"{program.name} must have two residual layers or more, but has {len(layers)}"
+    def __post_init__(self) -> None:
+        if self.ahead < 1:
+            raise SmeltError(f"ahead counts the states of a pass from 1, not {self.ahead}")
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Add the draft model and the output that it reads; the graph stays as it is otherwise."""
-        draft = replace(program.fork(), decode=None, draft=None, choice=None, depth=None)
-        draft.name = f"{program.name}, a layer over its features"
-        for node in draft.calls(QUANTIZED):
-            node.replace_all_uses_with(arguments(node)["x"])
-        last = blocks(program)[-1]
-        names = _only(program, last.layer)
-        without(draft, [block for block in blocks(draft) if block.layer != last.layer])
-        for name in names:
-            draft.weights[name] = self._weight(draft.weights[name].dense())
-        kept = blocks(draft)
-        names += self._project(draft, kept[0], int(last.add.meta["shape"][-1]))
-        draft.set_output(FEATURES, kept[-1].add)
-        draft.prune()
-        assert draft.cache is not None
-        draft.cache = CachePlan(tuple(self._site(site) for site in draft.cache.sites))
-        draft.facts["own"] = names
-        draft.facts["trained"] = False
-        program.set_output(FEATURES, last.add)
-        program.draft = draft
-        program.touch("draft")
-        own = [draft.weights[name] for name in names]
-        notes = {"parameters": sum(w.parts["data"].numel() for w in own), "bytes": sum(w.nbytes for w in own)}
-        return Outcome((f"layer {last.layer}",), notes=notes)
+        draft, last = self.layer(program), blocks(program)[-1]
+        width = int(last.add.meta["shape"][-1])
+        features = self.input(draft, FEATURES, width, "float32")
+        sides = {"token": (blocks(draft)[0].input, torch.zeros(width, width)), "feature": (features, torch.eye(width))}
+        self.project(draft, sides)
+        state = blocks(draft)[-1].add
+        draft.set_output(FEATURES, state)
+        if self.ahead > 1:
+            self._look_ahead(draft, state, width)
+        return self.attach(program, draft)
 
-    def _project(self, draft: Program, first: Block, width: int) -> list[str]:
-        """Put the projection in front of the layer, which at first takes the features alone; names of its weights."""
-        graph, stream = draft.graph, first.add.args[first.stream]
-        assert isinstance(stream, fx.Node)
-        draft.facts["inputs"] = {FEATURES: {"shape": ["B", "T", width], "dtype": "float32"}}
-        with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
-            features = graph.placeholder(FEATURES)
-        users = list(stream.users)
-        names, sides = [], []
-        starts = {"token": (stream, torch.zeros(width, width)), "feature": (features, torch.eye(width))}
-        with graph.inserting_before(next(node for node in graph.nodes if node in users)):
-            for side, (source, start) in starts.items():
-                names += [f"{NORM}.{side}", f"{PROJECTION}.{side}"]
-                weights = [
-                    draft.weight_node(name, self._weight(value))
-                    for name, value in zip(names[-2:], (torch.ones(width), start), strict=True)
+    def _look_ahead(self, draft: Program, state: fx.Node, width: int) -> None:
+        """Let all that reads the state [B, T, K] read the states [B, T, ahead, K]; at first they are all alike."""
+        draft.facts["ahead"] = self.ahead
+        for node in draft.calls(torch.ops.aten.view.default, torch.ops.aten.reshape.default):
+            if node.meta["shape"] == node.all_input_nodes[0].meta["shape"]:  # it would undo what is stacked here
+                node.replace_all_uses_with(node.all_input_nodes[0])
+        graph, readers = draft.graph, list(state.users)
+        drawn = torch.randn(INNER * width, width, generator=torch.Generator().manual_seed(0)) * (2 / width) ** 0.5
+        with graph.inserting_before(state.next):
+            norm = self.add(draft, f"{AHEAD}.norm", torch.ones(width))
+            normed = graph.call_function(RMS_NORM.target, (state, norm, EPSILON, 0.0))
+            inner = graph.call_function(LINEAR.target, (normed, self.add(draft, f"{AHEAD}.inner", drawn)))
+            inner = graph.call_function(torch.ops.aten.silu.default, (inner,))
+            states = [state]
+            for j in range(1, self.ahead):
+                starts = (state, torch.eye(width), "straight"), (inner, torch.zeros(width, INNER * width), "bent")
+                parts = [
+                    graph.call_function(LINEAR.target, (source, self.add(draft, f"{AHEAD}.{j}.{part}", start)))
+                    for source, start, part in starts
                 ]
-                normed = graph.call_function(RMS_NORM.target, (source, weights[0], EPSILON, 0.0))
-                sides.append(graph.call_function(LINEAR.target, (normed, weights[1])))
-            joined = graph.call_function(torch.ops.aten.add.Tensor, tuple(sides))
-        for user in users:
-            user.replace_input_with(stream, joined)
-        return names
-
-    def _site(self, site: Site) -> Site:
-        geometry = (site.layer, site.heads, site.kv_heads, site.key_dim, site.value_dim, site.window)
-        return Site(*geometry, self.dtype, rope=site.rope, scale=site.scale, softcap=site.softcap)
-
-    def _weight(self, value: torch.Tensor) -> Weight:
-        return Weight.of(value.to(getattr(torch, self.dtype)))
-
-
-def _only(program: Program, layer: int) -> list[str]:
-    """The weights that one layer reads and nothing else; tables of angles are no weights of a layer."""
-    rest = program.fork()
-    without(rest, [block for block in blocks(rest) if block.layer == layer])
-    angles = {arguments(node)["inv_freq"].target for node in program.calls(ROTARY)}
-    return sorted(program.weights.keys() - rest.weights.keys() - angles)
+                states.append(graph.call_function(torch.ops.aten.add.Tensor, tuple(parts)))
+            stacked = graph.call_function(torch.ops.aten.stack.default, (states, -2))
+        for reader in readers:
+            reader.replace_input_with(state, stacked)

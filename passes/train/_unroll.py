@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
 from torch.nn import functional
 
 from ...ir.blocks import blocks
 from ...ir.interpret import interpret
-from ...ir.ops import HEAD, QUANTIZED, RMS_NORM, arguments, is_op
-from ...ir.ops.loss import HEAD_CROSS_ENTROPY
+from ...ir.ops import RMS_NORM
 from ...ir.program import Program
 from ...ir.weight import Weight
-from ..decode.feature import EPSILON, FEATURES, PROJECTION
+from .._contracts import before_head
+from ..decode._layer import EPSILON, FEATURES, PROJECTION
+from ..decode.feature import AHEAD
 from ._frozen import Frozen
+from ._head import Head, cut, law
 from ._split import trunk
 
-LIKELY = 8  # tokens of the model's law that are learned; what is left of it is left out
 FITTED = 64  # windows that the projection is fitted on
 AT_ONCE = 4  # windows that are measured together
 
@@ -78,7 +78,7 @@ class Unroll:
     learn: Frozen
     held: Frozen
     part: Program
-    head: tuple[torch.Tensor, torch.Tensor | None]
+    head: Head
     weights: Mapping[str, torch.Tensor]
     rounds: int
     decay: float
@@ -92,21 +92,13 @@ class Unroll:
         assert program.draft is not None
         part = program.draft.fork()
         weights = {name: part.weights[name].dense().clone() for name in part.facts["own"]}
-        frozen = trunk(program, {FEATURES: program.outputs[FEATURES], "state": _state(program)})
+        frozen = trunk(program, {FEATURES: program.outputs[FEATURES], "state": before_head(program)})
         _fit(program, learn[:FITTED], weights)
         for value in weights.values():
             value.requires_grad_()
         part.weights |= {name: replace(Weight.of(value), parts={"data": value}) for name, value in weights.items()}
-        (head,) = part.calls(HEAD)
-        a = arguments(head)
-        weight, bias = (None if a[name] is None else part.weights[str(a[name].target)] for name in ("weight", "bias"))
-        assert weight is not None
-        features = part.outputs[FEATURES]
-        part.graph.erase_node(next(iter(reversed(part.graph.nodes))))
-        part.graph.output({"state": a["x"], FEATURES: features})
-        part.prune()
-        projection = weight.dense(), None if bias is None else bias.dense()
-        return cls(Frozen(frozen, learn), Frozen(frozen, held), part, projection, weights, rounds, decay, smooth)
+        head = cut(part, FEATURES)
+        return cls(Frozen(frozen, learn), Frozen(frozen, held), part, head, weights, rounds, decay, smooth)
 
     def loss(self, windows: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
         """The mean over places, summed over rounds, of cross-entropy with the model's law and of `smooth` distances."""
@@ -120,78 +112,74 @@ class Unroll:
 
     @torch.no_grad()
     def hits(self, rounds: int, width: int) -> list[list[float]]:
-        """[rounds][width]: how often rank r of the n-th drafted token is what the model holds for likeliest."""
+        """[rounds][width]: how often rank r of the n-th drafted token is what the model holds for likeliest.
+
+        Of tokens that are drafted at once, the later ones count where the text goes as the model would have gone.
+        """
         found = torch.zeros(rounds, width, dtype=torch.float64)
         places = torch.zeros(rounds, 1)
         for part in torch.arange(len(self.held)).split(AT_ONCE):
-            wanted = self._logits(self.held.at(part)["state"][:, 1:]).argmax(-1)
+            wanted = self.head.logits(self.held.at(part)["state"][:, 1:]).argmax(-1)
+            own = wanted[:, :-1] == self.held.tokens[part][:, 2:]
             for n, (state, _) in enumerate(self._rounds(self.held, part, rounds)):
-                right = self._logits(state).topk(width, -1).indices == wanted[:, n:, None]
-                found[n] += right.double().sum((0, 1))
-                places[n] += right[..., 0].numel()
-        return [[float(rate) for rate in ranks] for ranks in found / places]
+                unknown = n % self.part.facts.get("ahead", 1)  # tokens in between, which the draft has guessed at once
+                right = self.head.logits(state).topk(width, -1).indices == wanted[:, n:, None]
+                right = right[own[:, n - unknown :].unfold(1, unknown, 1).all(-1)]
+                found[n] += right.double().sum(0)
+                places[n] += len(right)
+        return [[float(rate) for rate in ranks] for ranks in found / places.clamp_min(1)]
 
     def _rounds(self, text: Frozen, windows: torch.Tensor, rounds: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each round the states in front of the head, and the features, [n, L - 1 - round, K]."""
-        tokens, given = text.tokens[windows][:, 1:], text.at(windows)[FEATURES][:, :-1]
-        positions, cache, made = torch.arange(tokens.shape[1]).expand_as(tokens), Unrolled(), []
-        for n in range(rounds):
-            inputs = {"tokens": tokens, "positions": positions, FEATURES: given}
-            out = interpret(self.part, inputs, cache)
-            made.append((out["state"][:, n:], out[FEATURES][:, n:]))
-            given = out[FEATURES].roll(1, 1)
-        return made
+        """Of each drafted token the state in front of the head, and the feature, [n, L - 1 - token, K]."""
+        tokens, known = text.tokens[windows][:, 1:], text.at(windows)[FEATURES][:, :-1]
+        positions, wide = torch.arange(tokens.shape[1]).expand_as(tokens), known.shape[-1]
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []
+        cache, given = Unrolled(), [known]
+        while (n := len(made)) < rounds:
+            for feature in given:
+                out = interpret(self.part, {"tokens": tokens, "positions": positions, FEATURES: feature}, cache)
+            states, features = (out[name].reshape(*tokens.shape, -1, wide).unbind(2) for name in ("state", FEATURES))
+            for j, pair in enumerate(zip(states, features, strict=True)):
+                state, feature = (x[:, n : tokens.shape[1] - j] for x in pair)
+                made.append((state, feature))
+            given = [feature.roll(j + 1, 1) for j, feature in enumerate(features)]  # to the places that they stand for
+        return made[:rounds]
 
     def _loss(self, text: Frozen, windows: torch.Tensor) -> torch.Tensor:
         known = text.at(windows)
         with torch.no_grad():
-            likely, tokens = self._logits(known["state"][:, 1:]).topk(min(LIKELY, len(self.head[0])), -1)
-            shares = likely.softmax(-1)
+            tokens, shares = law(self.head.logits(known["state"][:, 1:]))
         total = torch.zeros(())
         for n, (state, features) in enumerate(self._rounds(text, windows, self.rounds)):
-            entropy = self._entropy(state.flatten(0, 1), tokens[:, n:].flatten(0, 1), shares[:, n:].flatten(0, 1))
+            rows = (x.flatten(0, 1) for x in (state, tokens[:, n:], shares[:, n:]))
+            entropy = self.head.entropy_with(*rows).mean()
             distance = functional.smooth_l1_loss(features, known[FEATURES][:, n + 1 :])
             total = total + self.decay**n * (entropy + self.smooth * distance)
         return total
 
-    def _entropy(self, state: torch.Tensor, tokens: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy of the head behind states [N, K] with laws over a few tokens [N, k]."""
-        weight, bias = self.head
-        scores = (weight[tokens] @ state[..., None])[..., 0]
-        if bias is not None:
-            scores = scores + bias[tokens]
-        first = HEAD_CROSS_ENTROPY.target(state, weight, tokens[:, 0].contiguous(), bias)
-        mean: torch.Tensor = (first + scores[:, 0] - (shares * scores).sum(-1)).mean()
-        return mean
-
-    def _logits(self, state: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = HEAD.reference(state, *self.head)
-        return out
-
-
-def _state(program: Program) -> fx.Node:
-    """The state in front of the head, before it is rounded where the head computes with integers."""
-    (head,) = program.calls(HEAD)
-    node: fx.Node = arguments(head)["x"]
-    while is_op(node, QUANTIZED):
-        node = arguments(node)["x"]
-    return node
-
 
 @torch.no_grad()
 def _fit(program: Program, tokens: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> None:
-    """Start the projection where it gives the layer what the model's own gets, by least squares."""
+    """Start the projection where it gives the layer what the model's own gets, by least squares, and states ahead."""
     found = blocks(program)
     first = next(block for block in found if block.layer == found[-1].layer)
     streams = {"token": found[0].input, "stream": first.input, FEATURES: program.outputs[FEATURES]}
     text = Frozen(trunk(program, streams), tokens).at(torch.arange(len(tokens)))
     ones = torch.ones(text[FEATURES].shape[-1])
     sides = [RMS_NORM.reference(side, ones, EPSILON) for side in (text["token"][:, 1:], text[FEATURES][:, :-1])]
-    given = torch.cat(sides, -1).flatten(0, 1).double()
-    wanted = text["stream"][:, 1:].flatten(0, 1).double()
-    square = given.T @ given
-    ridge = 1e-3 * square.diagonal().clamp_min(1e-6)  # of each input's own size; some may always be zero
-    solved = torch.linalg.solve(square + ridge.diag(), given.T @ wanted).T.float()
-    width = wanted.shape[-1]
+    solved = _solved(torch.cat(sides, -1), text["stream"][:, 1:])
+    width = text["token"].shape[-1]
     weights[f"{PROJECTION}.token"].copy_(solved[:, :width])
     weights[f"{PROJECTION}.feature"].copy_(solved[:, width:])
+    assert program.draft is not None
+    for j in range(1, program.draft.facts.get("ahead", 1)):
+        weights[f"{AHEAD}.{j}.straight"].copy_(_solved(text[FEATURES][:, :-j], text[FEATURES][:, j:]))
+
+
+def _solved(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The matrix [K, N] that takes `given` [..., N] to `wanted` [..., K] with the least squares."""
+    x, y = (side.flatten(0, 1).double() for side in (given, wanted))
+    square = x.T @ x
+    ridge = 1e-3 * square.diagonal().clamp_min(1e-6)  # of each input's own size; some may always be zero
+    solved: torch.Tensor = torch.linalg.solve(square + ridge.diag(), x.T @ y).T.float()
+    return solved

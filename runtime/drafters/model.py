@@ -41,7 +41,7 @@ class _Node:
 
 
 @dataclass
-class _Draft:
+class Sketch:
     """A row's tree while it grows."""
 
     tree: Growing
@@ -64,7 +64,7 @@ class ModelDrafter(History):
 
     def propose_all(self, rows: Sequence[int]) -> dict[int, Drafted]:
         logits = self._read(rows)
-        drafts = {row: _Draft(Growing(self.tokens[row][-1]), level={0: self.draft.width}) for row in rows}
+        drafts = {row: Sketch(Growing(self.tokens[row][-1]), level={0: self.draft.width}) for row in rows}
         behind = {row: {0: logits[row]} for row in rows}
         depth = max(self.draft.tree.depths) if self.draft.tree is not None else self.draft.depth
         for level in range(1, depth + 1):
@@ -80,8 +80,11 @@ class ModelDrafter(History):
     def _read(self, rows: Sequence[int]) -> torch.Tensor:
         """Commit what the draft model has not read yet, the pending tokens last; logits [B, V] behind them."""
         cache = self.session.cache
-        if cache.empty:
-            self.session.prefill([tokens[:-1] for tokens in self.tokens])
+        unread = max(len(self.tokens[row]) - cache.lengths[row] for row in rows)
+        if cache.empty or unread > 1 + self.draft.most:  # prompts, and what came without a draft
+            self.session.prefill(
+                [tokens[cache.lengths[row] : -1] if row in rows else [] for row, tokens in enumerate(self.tokens)]
+            )
         fresh = [tokens[cache.lengths[row] :] if row in rows else [] for row, tokens in enumerate(self.tokens)]
         chains = Trees([Drafted.chain(new or [0]) for new in fresh])
         running = torch.tensor([bool(new) for new in fresh])
@@ -93,7 +96,7 @@ class ModelDrafter(History):
         cache.commit([list(range(len(new))) for new in fresh])
         return last
 
-    def _step(self, drafts: dict[int, _Draft], rows: Sequence[int]) -> dict[int, dict[int, torch.Tensor]]:
+    def _step(self, drafts: dict[int, Sketch], rows: Sequence[int]) -> dict[int, dict[int, torch.Tensor]]:
         """Logits behind the nodes of the newest levels; the draft model reads whole trees and keeps nothing of them."""
         some = drafts[rows[0]].tree.drafted()
         trees = Trees([drafts[row].tree.drafted() if row in rows else some for row in range(len(self.tokens))])
@@ -114,7 +117,7 @@ class ModelDrafter(History):
         """What the draft model reads beside tokens and positions at all nodes but the roots."""
         return None
 
-    def _grow(self, row: int, draft: _Draft, behind: dict[int, torch.Tensor], depth: int) -> None:
+    def _grow(self, row: int, draft: Sketch, behind: dict[int, torch.Tensor], depth: int) -> None:
         """One more level of a row's tree."""
         at = len(self.tokens[row]) + depth - 1  # the position of what is drawn
         found = {node: self._node(row, at, logits, draft.tree.likely[node]) for node, logits in behind.items()}
@@ -147,7 +150,7 @@ class ModelDrafter(History):
         return noise.gumbel(seed, self.requests[row : row + 1], torch.tensor([position]), size)[0]
 
     def _chosen(
-        self, row: int, position: int, draft: _Draft, found: dict[int, _Node]
+        self, row: int, position: int, draft: Sketch, found: dict[int, _Node]
     ) -> Iterator[tuple[int, int, float]]:
         """(parent, token, value) of each draw of a level."""
         if self.draft.draws == "iid":
@@ -158,7 +161,7 @@ class ModelDrafter(History):
             yield from _likeliest(found, self.draft.width)
 
     def _independent(
-        self, row: int, position: int, draft: _Draft, found: dict[int, _Node]
+        self, row: int, position: int, draft: Sketch, found: dict[int, _Node]
     ) -> Iterator[tuple[int, int, float]]:
         """Every chain draws for itself."""
         stream = 0
@@ -171,7 +174,7 @@ class ModelDrafter(History):
                 token = int(keys.argmax())
                 yield parent, token, node.value * float(node.law[token])
 
-    def _drafted(self, draft: _Draft, vocabulary: int) -> Drafted:
+    def _drafted(self, draft: Sketch, vocabulary: int) -> Drafted:
         out = draft.tree.drafted()
         if self.draft.draws == "coupled":
             return out
@@ -199,7 +202,7 @@ def _likeliest(found: dict[int, _Node], width: int) -> Iterator[tuple[int, int, 
         heapq.heappush(slots, (value * (1 - share), next(order), parent))
 
 
-def _shaped(tree: Tree, draft: _Draft, found: dict[int, _Node]) -> Iterator[tuple[int, int, float]]:
+def _shaped(tree: Tree, draft: Sketch, found: dict[int, _Node]) -> Iterator[tuple[int, int, float]]:
     """What a tree of fixed shape holds at a level; a node whose law gives fewer tokens has fewer children."""
     places = draft.places
     for node, parent in enumerate(tree.parents):

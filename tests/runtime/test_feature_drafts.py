@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from smelt.runtime import artefact
 from smelt.runtime.drafters import feature
 from smelt.runtime.drafters.base import Drafted
 from smelt.runtime.generate import Decoding, Limits
-from smelt.runtime.sampling import Sampling
+from smelt.runtime.sampling import Sampling, choose
 from smelt.runtime.session import Session
 
 from ..ir.programs import cached, captured
@@ -31,17 +33,19 @@ NEW = 16
 PROMPTS = [
     torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (3, 1, 17)
 ]
-SAMPLINGS = [Sampling(), Sampling(temperature=1.2, seed=2), Sampling(temperature=0.9, repetition_penalty=1.3)]
+GREEDY = Sampling()
+SAMPLINGS = [GREEDY, Sampling(temperature=1.2, seed=2), Sampling(temperature=0.9, repetition_penalty=1.3)]
 
 
-def drafting(family: str = "llama", **options: Any) -> Program:
+def drafting(family: str = "llama", ahead: int = 1, **options: Any) -> Program:
     """Weights of the draft are random, so that no mistake hides behind a zero."""
     program = cached(captured(family), dense="float32")
-    Feature(dtype="float32").apply(program, None)
+    Feature(dtype="float32", ahead=ahead).apply(program, None)
     Draft(**options).apply(program, None)
     assert program.draft is not None
     random = torch.Generator().manual_seed(1)
-    for name in ("feature.projection.token", "feature.projection.feature"):
+    sides = [f"feature.projection.{side}" for side in ("token", "feature")]
+    for name in sides + [f"feature.ahead.{j}.bent" for j in range(1, ahead)]:
         data = program.draft.weights[name].parts["data"]
         data.copy_(torch.randn(data.shape, generator=random) / 8)
     verify(program)
@@ -49,12 +53,12 @@ def drafting(family: str = "llama", **options: Any) -> Program:
 
 
 @cache
-def plan(family: str = "llama") -> Plan:
-    return lower(drafting(family, width=3, depth=3))
+def plan(family: str = "llama", ahead: int = 1) -> Plan:
+    return lower(drafting(family, ahead, width=3, depth=3))
 
 
 def decoded(plan: Plan, sampling: Sampling, speculate: bool = True, prompts: Any = PROMPTS) -> Decoding:
-    session = Session(plan, len(prompts), max(map(len, prompts)) + NEW - 1)
+    session = Session(plan, len(prompts), max(map(len, prompts)) + NEW + 5)  # whole drafts fit behind the last token
     made = Decoding(session, prompts, sampling, Limits(NEW), speculate)
     for _ in made.run():
         pass
@@ -65,24 +69,40 @@ def tokens(made: Decoding) -> list[list[int]]:
     return [row.tokens for row in made.rows]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_no_token_changes(family: str) -> None:
+@pytest.mark.parametrize(("family", "ahead"), [("llama", 1), ("llama", 2), ("gpt2", 1), ("gpt2", 3)])
+def test_no_token_changes(family: str, ahead: int) -> None:
     for sampling in SAMPLINGS if family == "llama" else SAMPLINGS[-1:]:
-        assert tokens(decoded(plan(family), sampling)) == tokens(decoded(plan(family), sampling, speculate=False))
+        made = decoded(plan(family, ahead), sampling)
+        assert tokens(made) == tokens(decoded(plan(family, ahead), sampling, speculate=False))
 
 
-def chain(program: Program, text: list[int], depth: int) -> list[int]:
-    """What the layer drafts behind a text, without any cache."""
+def test_the_first_of_several_states_is_that_of_eagle() -> None:
+    one, two = (drafting(ahead=ahead).draft for ahead in (1, 2))
+    assert one is not None and two is not None
+    ids = torch.tensor([PROMPTS[2]])
+    features = torch.randn(*ids.shape, 64, generator=torch.Generator().manual_seed(3))
+    inputs = {"tokens": ids, "positions": torch.arange(ids.shape[1])[None], "features": features}
+    eagle, flash = interpret(one, inputs), interpret(two, inputs)
+    for name in ("features", "logits"):
+        assert torch.equal(eagle[name], flash[name][:, :, 0])
+        assert not torch.equal(eagle[name], flash[name][:, :, 1])
+
+
+def chain(program: Program, text: list[int], depth: int, sampling: Sampling = GREEDY, unseen: int = 0) -> list[int]:
+    """What the layer drafts behind a text, without any cache, if it sees nothing of the first tokens."""
     assert program.draft is not None
     ids = torch.tensor([text])
-    known = interpret(program, {"tokens": ids, "positions": torch.arange(len(text))[None]})["features"][:, :-1]
-    for _ in range(depth):
-        ahead = ids[:, 1:]
-        inputs = {"tokens": ahead, "positions": torch.arange(ahead.shape[1])[None], "features": known}
+    known = interpret(program, {"tokens": ids, "positions": torch.arange(len(text))[None]})["features"][:, unseen:-1]
+    while ids.shape[1] < len(text) + depth:
+        given = ids[:, unseen + 1 :]
+        inputs = {"tokens": given, "positions": torch.arange(given.shape[1])[None], "features": known}
         out = interpret(program.draft, inputs)
-        ids = torch.cat([ids, out["logits"][:, -1:].argmax(-1)], 1)
-        known = torch.cat([known, out["features"][:, -1:]], 1)
-    return ids[0, len(text) :].tolist()
+        logits = out["logits"][0, -1].view(-1, out["logits"].shape[-1])
+        places = ids.shape[1] + torch.arange(len(logits))
+        new = choose(sampling.process(logits, None), sampling, torch.zeros_like(places), places)
+        ids = torch.cat([ids, new[None]], 1)
+        known = torch.cat([known, out["features"][:, -1].view(1, len(logits), -1)], 1)
+    return ids[0, len(text) : len(text) + depth].tolist()
 
 
 def drafts(program: Program, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[int]]]:
@@ -100,12 +120,46 @@ def drafts(program: Program, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list
     return seen
 
 
-def test_drafts_are_those_of_the_layer_over_the_models_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def counted(name: str, calls: Counter[str]) -> Any:
+    """A method of the drafter that counts how often it is called."""
+    method = getattr(feature.FeatureDrafter, name)
+
+    def called(self: feature.FeatureDrafter, *given: Any) -> Any:
+        calls[name] += 1
+        return method(self, *given)
+
+    return called
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_drafts_are_those_of_the_layer_over_the_models_features(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature, "CHUNK", 8)  # the longest prompt takes three reads
-    program = drafting(depth=3)
+    program = drafting(ahead=ahead, depth=5)
+    passes: Counter[str] = Counter()
+    for name in ("_read", "_evaluate"):
+        monkeypatch.setattr(feature.FeatureDrafter, name, counted(name, passes))
     seen = drafts(program, monkeypatch)
     assert len(seen) > 20
-    assert all(draft == chain(program, text, 3) for text, draft in seen)
+    assert all(draft == chain(program, text, 5) for text, draft in seen)
+    assert passes["_evaluate"] == passes["_read"] * (ceil(5 / ahead) - 1)  # to read the committed tokens is the first
+
+
+def test_what_the_model_did_not_read_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, sampling, text = drafting(ahead=2, depth=3), SAMPLINGS[1], PROMPTS[2]
+    session = Session(lower(program), 1, 40)
+    session.prefill([text[:9]])
+    made = Decoding(session, [text], sampling, Limits(NEW))
+    assert isinstance(made.drafter, feature.FeatureDrafter)
+    propose = made.drafter.propose_all
+
+    def told(rows: Any) -> dict[int, Drafted]:
+        drafted = propose(rows)
+        known = text + made.rows[0].tokens
+        assert drafted[0].tokens[1:] == chain(program, known, 3, sampling, unseen=9)
+        return drafted
+
+    monkeypatch.setattr(made.drafter, "propose_all", told)
+    assert sum(len(new) for _, new in made.run()) == NEW
 
 
 def test_features_of_the_wrong_tokens_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

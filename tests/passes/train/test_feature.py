@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smelt.ir.errors import SmeltError
 from smelt.ir.interpret import interpret
 from smelt.ir.program import Program
 from smelt.ir.verify import verify
@@ -16,9 +17,10 @@ from smelt.passes.train._unroll import Unroll
 from smelt.passes.train.feature import Feature as Train
 
 
-@pytest.fixture
-def drafting(cached: Program) -> Program:
-    Feature(dtype="float32").apply(cached, None)
+@pytest.fixture(params=[1, 2])
+def drafting(cached: Program, request: pytest.FixtureRequest) -> Program:
+    """A draft whose passes give one state, or two."""
+    Feature(dtype="float32", ahead=request.param).apply(cached, None)
     Draft(rates=(0.5, 0.2), nodes=4, depth=2).apply(cached, None)
     cached.touched.clear()
     return cached
@@ -29,17 +31,23 @@ def unrolled(program: Program, tokens: torch.Tensor, rounds: int) -> Unroll:
 
 
 def test_a_round_is_a_draft_of_so_many_tokens(drafting: Program, text: Samples) -> None:
+    assert drafting.draft is not None
+    for name, weight in drafting.draft.weights.items():
+        if name == "feature.ahead.1.bent":  # which starts at zero
+            weight.parts["data"].normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     ids = text.tokens[:1, :10]
-    made = unrolled(drafting, ids, 3)
+    made = unrolled(drafting, ids, 4)
     features = made.held.at(torch.tensor([0]))["features"]
-    rounds = made._rounds(made.held, torch.tensor([0]), 3)
-    for known in (1, 4, 7):  # features of the model in front of the draft
+    rounds = made._rounds(made.held, torch.tensor([0]), 4)
+    for known in (1, 4, 6):  # features of the model in front of the draft
         given = features[:, :known]
-        for n in range(3):
+        while (n := given.shape[1] - known) < 4:
             ahead = ids[:, 1 : known + n + 1]
             inputs = {"tokens": ahead, "positions": torch.arange(known + n)[None], "features": given}
-            out = interpret(made.part, inputs)["features"][:, -1:]
-            torch.testing.assert_close(rounds[n][1][:, known - 1 : known], out, atol=2e-5, rtol=1e-4)
+            out = interpret(made.part, inputs)["features"][:, -1].view(1, -1, 64)
+            for j in range(out.shape[1]):
+                place = rounds[n + j][1][:, known - 1]
+                torch.testing.assert_close(place, out[:, j], atol=2e-5, rtol=1e-4)
             given = torch.cat([given, out], 1)
 
 
@@ -65,3 +73,13 @@ def test_there_must_be_a_layer_to_train(cached: Program) -> None:
     assert list(Train().requires(cached)) == [
         "llama must have a draft model over its features: put decode.feature in front"
     ]
+
+
+def test_all_states_of_a_pass_must_be_unrolled(cached: Program) -> None:
+    Feature(ahead=4).apply(cached, None)
+    assert list(Train(rounds=4).requires(cached)) == []
+    assert list(Train(rounds=3).requires(cached)) == [
+        "rounds must be 4 or more, the states that a pass of the draft gives, but is 3"
+    ]
+    with pytest.raises(SmeltError, match="ahead counts the states of a pass from 1, not 0"):
+        Feature(ahead=0)
