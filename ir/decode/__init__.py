@@ -1,7 +1,21 @@
 """How new tokens are proposed, verified and accepted: drafts, acceptance rules, and the plan that joins them."""
 
 from .accept import Accept, KSequential, Law, Merge, Near, Reject, Trust, Typical, Walk
-from .draft import Draft, Heads, Jacobi, Lookahead, Lookup, Model, Prompts, Proposal, Recycle, Suffix, Trigrams, Union
+from .draft import (
+    Draft,
+    Fused,
+    Heads,
+    Jacobi,
+    Lookahead,
+    Lookup,
+    Model,
+    Prompts,
+    Proposal,
+    Recycle,
+    Suffix,
+    Trigrams,
+    Union,
+)
 from .plan import DecodePlan
 from .sparse import Sparse, sparse
 from .tree import Tree, usual_rates
@@ -10,6 +24,7 @@ __all__ = [
     "Accept",
     "DecodePlan",
     "Draft",
+    "Fused",
     "Heads",
     "Jacobi",
     "KSequential",

@@ -76,6 +76,24 @@ class Heads(Draft):
 
 
 @dataclass(frozen=True)
+class Fused(Draft):
+    """Heads of the program's `draft`, a layer over its features and its tokens, propose as Heads do (Chimera, 2024).
+
+    The draft's logits [B, T, J, V] are those of J heads, for one place further each.
+    """
+
+    tree: Tree
+    width: int
+
+    def __post_init__(self) -> None:
+        _check_ranks(self.tree, self.width)
+
+    @property
+    def most(self) -> int:
+        return len(self.tree) - 1
+
+
+@dataclass(frozen=True)
 class Prompts(Draft):
     """Trained prompt tokens behind nodes of the tree guess the tokens after the next one (PPD, Chen et al., 2024).
 
@@ -289,6 +307,7 @@ class Union(Draft):
 KINDS: dict[str, type[Draft]] = {
     "recycle": Recycle,
     "heads": Heads,
+    "fused": Fused,
     "prompts": Prompts,
     "lookup": Lookup,
     "suffix": Suffix,

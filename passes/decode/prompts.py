@@ -70,13 +70,13 @@ class Prompts(Pass):
         if PROMPTS in program.weights:
             since = program.changed_by(PROMPTS)
             yield f"{program.name} must not have prompt tokens yet, but has them{since}: keep one of the two steps"
-        elif len(found := _readers(program)) != 1 or not is_op(found[0], EMBEDDING):
+        elif len(found := readers(program)) != 1 or not is_op(found[0], EMBEDDING):
             read = ", ".join(node.name for node in found) or "nothing"
             yield f"{program.name} must read its tokens in one embedding and nowhere else, but {read} reads them"
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Look ids behind the vocabulary's up in the new weight, and add the decode plan."""
-        (words,) = _readers(program)
+        (words,) = readers(program)
         a = arguments(words)
         tokens, table = a["ids"], program.weights[str(a["weight"].target)]
         vocabulary, graph = int(program.facts["vocabulary"]), program.graph
@@ -100,7 +100,7 @@ class Prompts(Pass):
         return Outcome((PROMPTS,), notes={"parameters": weight.parts["data"].numel(), "bytes": weight.nbytes})
 
 
-def _readers(program: Program) -> list[fx.Node]:
+def readers(program: Program) -> list[fx.Node]:
     """What reads the tokens, in whatever shape, and not only asks for that."""
     readers = [node for node in program.graph.find_nodes(op="placeholder") if node.target == "tokens"]
     while any(node.op == "placeholder" or node.target in VIEWS for node in readers):

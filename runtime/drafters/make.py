@@ -11,6 +11,7 @@ import torch
 from ...ir.decode import (
     DecodePlan,
     Draft,
+    Fused,
     Heads,
     Jacobi,
     Lookahead,
@@ -28,6 +29,7 @@ from ..session import Session
 from ..trees import padded
 from .base import Drafter
 from .feature import FEATURES, FeatureDrafter
+from .fused import FusedDrafter
 from .heads import HeadsDrafter
 from .jacobi import JacobiDrafter
 from .limit import LimitedDrafter
@@ -66,11 +68,13 @@ def _of(draft: Draft, plan: DecodePlan, vocabulary: int, setting: Setting) -> Dr
         return UnionDrafter([_of(each, plan, vocabulary, setting) for each in draft.drafts], draft.nodes)
     if isinstance(draft, Trigrams):
         return TrigramDrafter(draft, plan.tables, vocabulary, rows)
-    if isinstance(draft, Model):
+    if isinstance(draft, Model | Fused):
         drafting = setting.session.plan.draft
         if drafting is None:
             raise SmeltError("the decode plan drafts by a model, but the program has none")
         session = Session(drafting, rows, setting.session.cache.capacity, nodes=padded(1 + draft.most))
+        if isinstance(draft, Fused):
+            return FusedDrafter(draft, session, setting.sampling, setting.requests)
         kind = FeatureDrafter if FEATURES in drafting.program.inputs else ModelDrafter
         return kind(draft, session, setting.sampling, setting.requests)
     known: dict[type[Draft], Callable[[Any, int, int], Drafter]] = {
