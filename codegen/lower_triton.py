@@ -11,7 +11,7 @@ from torch import fx
 from ..ir.blocks import stages
 from ..ir.cache import Site
 from ..ir.errors import SmeltError
-from ..ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, HEAD, LINEAR, OPS, QUANTIZED, RMS_NORM, arguments
+from ..ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, HADAMARD, HEAD, LINEAR, OPS, QUANTIZED, RMS_NORM, arguments
 from ..ir.program import Program
 from ..ir.weight import Weight
 from . import attention_triton
@@ -21,6 +21,7 @@ from .choices import is_encoded, refuse_fallbacks, strange, takes_encoded, weigh
 from .device_triton import likely, placed
 from .fuse import Region, fuse
 from .gemm_triton import TritonProduct
+from .hadamard_triton import LARGEST, HadamardKernel
 from .kernels import CacheReference, Reference, out_variant
 from .nodes_triton import AttentionKernel, GatherKernel, NormKernel, RoundKernel, gather_refuses
 from .plan import Choice, Kernel, Plan
@@ -128,6 +129,8 @@ def _dialect(program: Program, node: fx.Node) -> Choice:
         kernel = why if why is not None or table is None else GatherKernel(table)  # type: ignore[assignment]
     elif op is RMS_NORM:
         kernel = NormKernel()
+    elif op is HADAMARD and int(args["size"]) <= LARGEST:
+        kernel = HadamardKernel()
     elif op is QUANTIZED and int(args["bits"]) <= _ROUNDED:
         kernel = RoundKernel()
     reason = kernel if isinstance(kernel, str) else strange(node)

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ..ir.errors import SmeltError
-from ..ir.ops import GATED, LAYER_NORM, QUANTIZED, RMS_NORM, ROTARY
+from ..ir.ops import GATED, HADAMARD, LAYER_NORM, QUANTIZED, RMS_NORM, ROTARY
+from . import hadamard
 from .rows_source import KERNELS, MATH
 from .unit import Call, Function, call
 
@@ -114,6 +115,10 @@ def _quantized(args: Mapping[str, Any], out: torch.Tensor) -> Call:
     return call(function("round_rows"), x, out, *_rows_of(x), group, levels, writes=[out], work=4 * x.numel())
 
 
+def _hadamard(args: Mapping[str, Any], out: torch.Tensor) -> Call:
+    return hadamard.bind(args, out, (MATH, KERNELS))
+
+
 def _rotary(args: Mapping[str, Any], out: torch.Tensor) -> Call:
     x, freq = args["x"], args["inv_freq"]
     (b, h, t, d), steps = x.shape, x.stride()[:3]
@@ -143,6 +148,7 @@ _KERNELS: dict[Any, tuple[str, Binder, tuple[str, ...]]] = {
     RMS_NORM.target: ("rms_norm", _rms_norm, ()),
     LAYER_NORM.target: ("layer_norm", _layer_norm, ()),
     QUANTIZED.target: ("quantized", _quantized, ()),
+    HADAMARD.target: ("hadamard", _hadamard, ()),
     ROTARY.target: ("rotary", _rotary, ("x", "positions")),
     GATED.target: ("gated", _gated, ("gate", "up")),
     # ATen computes these by vectors inside of a tensor and by scalars at its end, with other last bits

@@ -15,6 +15,7 @@ from .ops import (
     EMBEDDING,
     EXPERTS,
     GATED,
+    HADAMARD,
     HEAD,
     LAYER_NORM,
     LINEAR,
@@ -102,6 +103,12 @@ def _norm(a: Arguments) -> Iterator[str]:
             yield f"{name} {shown(a[name])} does not fit the last dim of x {shown(a['x'])}"
 
 
+def _hadamard(a: Arguments) -> Iterator[str]:
+    size = a["size"]
+    if size < 1 or size & (size - 1) or not a["x"] or not same(sympy.sympify(a["x"][-1]) % size, 0):
+        yield f"size {size} must be a power of two that divides the last dim of x {shown(a['x'])}"
+
+
 def _rotary(a: Arguments) -> Iterator[str]:
     x, positions, table = a["x"], a["positions"], a["inv_freq"]
     if len(x) != 4 or not same_shape(positions, (x[0], x[2])):
@@ -153,6 +160,7 @@ _RULES: dict[Any, Callable[[Arguments], Iterator[str]]] = {
     EMBEDDING.target: _embedding,
     GATED.target: _gated,
     EXPERTS.target: _experts,
+    HADAMARD.target: _hadamard,
     RMS_NORM.target: _norm,
     LAYER_NORM.target: _norm,
     ROTARY.target: _rotary,

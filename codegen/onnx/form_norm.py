@@ -1,10 +1,14 @@
-"""Normalisation, rotary positions and rounded activations."""
+"""Normalisation, rotary positions, rounded and turned activations."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 from torch import fx
 
+from ...ir.ops.hadamard import walsh
 from ...ir.program import Program
 from .builder import Builder, Value
 from .codes import FLOAT
@@ -67,3 +71,14 @@ def quantized(b: Builder, node: fx.Node, a: Given) -> str:
     # |x| / scale never rounds beyond `levels`, so that int8 holds the codes of every width
     codes = b.op("QuantizeLinear", x, scale, axis=rank - 1, block_size=group, output_dtype=INT8)
     return str(b.op("DequantizeLinear", codes, scale, axis=rank - 1, block_size=group))
+
+
+@form("smelt.hadamard")
+def hadamard(b: Builder, node: fx.Node, a: Given) -> str:
+    """Blocks as matrices [2^i, 2^j] between two constant ones: H of 2^(i+j) is that of 2^i (x) that of 2^j."""
+    x, size = a["x"], int(a["size"])
+    width, lead = int(x.shape[-1]), [0] * (len(x.shape) - 1)
+    rows = 1 << (size.bit_length() - 1) // 2
+    left, right = (b.array(f"hadamard.{n}", (walsh(torch.eye(n)) / math.sqrt(n)).numpy()) for n in (rows, size // rows))
+    blocks = b.op("Reshape", x, b.const([*lead, width // size, rows, size // rows]))
+    return str(b.op("Reshape", b.op("MatMul", left, b.op("MatMul", blocks, right)), b.const([*lead, width])))

@@ -15,6 +15,7 @@ import sympy
 import torch
 
 from ..errors import SmeltError, nearest
+from ..ops.hadamard import walsh
 from .base import Encoding, Parts, checked
 from .expr import Expr
 
@@ -111,14 +112,11 @@ class Rotated(Encoding):
 @functools.lru_cache(maxsize=16)
 def _rotation(by: str, seed: int, dim: int) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
-    turn: torch.Tensor = torch.ones(1, 1, dtype=torch.float64)
     if by == "orthogonal":
         made = torch.linalg.qr(torch.randn(dim, dim, generator=random, dtype=torch.float64))
         turn = made.Q * made.R.diagonal().sign()  # uniform over all rotations and reflections
     else:
-        while turn.shape[0] < dim:
-            turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)])
         signs = 2 * torch.randint(0, 2, (dim,), generator=random) - 1
-        turn = turn / math.sqrt(dim) * (signs if by == "signs" else 1)
+        turn = walsh(torch.eye(dim, dtype=torch.float64)) / math.sqrt(dim) * (signs if by == "signs" else 1)
     single: torch.Tensor = turn.float()
     return single

@@ -1,6 +1,7 @@
 """The dialect: every op with its reference meaning, shape rule and symbolic cost."""
 
 from .attention import ATTENTION, CACHED_ATTENTION
+from .hadamard import HADAMARD
 from .linear import ACTIVATIONS, EMBEDDING, EXPERTS, GATED, HEAD, LINEAR
 from .loss import HEAD_CROSS_ENTROPY
 from .norm import LAYER_NORM, RMS_NORM
@@ -15,6 +16,7 @@ __all__ = [
     "EMBEDDING",
     "EXPERTS",
     "GATED",
+    "HADAMARD",
     "HEAD",
     "HEAD_CROSS_ENTROPY",
     "LAYER_NORM",

@@ -27,8 +27,8 @@ _EXAMPLES = {"B": 2, "T": 3}  # sizes the numbers are carried with
 _MORE_EXAMPLES = (5, 7, 11, 13)
 
 aten = torch.ops.aten
-_SIZE = aten.sym_size.int
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
+SIZE = aten.sym_size.int
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
 MOVES = {  # results are elements of the operands, chosen by place alone
     operator.getitem,
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints,
@@ -86,11 +86,11 @@ class Trace:
 
     def _carry(self, node: fx.Node) -> Labels | Lost | None:
         inputs = node.all_input_nodes
-        if node.target is _SIZE:
+        if node.target is SIZE:
             if isinstance(node.meta["value"], int):  # what is computed from it would be wrong afterwards
                 self._fix(inputs, f"{node.name} counts them")
             return None
-        if node.target in _CASTS or is_op(node, GATED) or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        if node.target in CASTS or is_op(node, GATED) or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return self._elementwise(node)
         if lost := next((v for n in inputs if isinstance(v := self.at.get(n), Lost)), None):
             kind: Kind = "heads" if is_op(node, ATTENTION) else lost.kind

@@ -12,6 +12,7 @@ from torch import fx
 from smelt.codegen import nodes_triton, pointwise, pointwise_triton
 from smelt.codegen.autotune_triton import Tile
 from smelt.codegen.chains_triton import Plain, ProductsKernel, Step, covers
+from smelt.codegen.hadamard_triton import HadamardKernel
 from smelt.codegen.lower import lower
 from smelt.codegen.lower_triton import holds_up
 from smelt.codegen.nodes_triton import GatherKernel, RoundKernel
@@ -20,6 +21,7 @@ from smelt.codegen.triton_module import load
 from smelt.ir.encoding import Affine, Dense, Encoding
 from smelt.ir.errors import SmeltError
 from smelt.ir.ops import GATED, OPS
+from smelt.ir.ops.hadamard import hadamard as turned
 from smelt.ir.ops.quantized import quantized as rounded
 from smelt.ir.weight import Weight
 from smelt.passes.activations.quantize import Quantize
@@ -172,6 +174,13 @@ def round_error(m: int, n: int, bits: int, group: int, device: str = "cpu") -> f
     return float((out - rounded(x, bits, group)).abs().nan_to_num(nan=9.0).max())
 
 
+def turned_error(m: int, n: int, size: int, device: str = "cpu") -> float:
+    x = torch.randn(m, n, generator=torch.Generator().manual_seed(n)).to(device)
+    out = torch.full_like(x, float("nan"))
+    HadamardKernel().bind({"x": x, "size": size}, out)()
+    return float((out - turned(x, size)).abs().nan_to_num(nan=9.0).max())
+
+
 def gather_error(encoding: Encoding, columns: int, device: str = "cpu") -> float:
     """Of rows of a table; ids that are none of it read NaN."""
     table = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns))
@@ -218,6 +227,12 @@ def test_activations_are_rounded_to_the_same_bits(shape: tuple[int, int], bits: 
 
 
 @interpreted
+@pytest.mark.parametrize("shape", [(3, 6, 1), (5, 48, 2), (3, 96, 32), (2, 4096, 2048)], ids=str)
+def test_blocks_are_turned(shape: tuple[int, int, int]) -> None:
+    assert turned_error(*shape) < 5e-6
+
+
+@interpreted
 @pytest.mark.parametrize(("encoding", "columns"), TABLES.values(), ids=TABLES)
 def test_rows_of_a_table_are_looked_up(encoding: Encoding, columns: int) -> None:
     assert gather_error(encoding, columns) < 1e-6
@@ -245,13 +260,21 @@ def sources() -> dict[str, tuple[str, str, dict[str, str], dict[str, Any]]]:
             *(RoundKernel().source, "quantized"),
             *({**rows, "GROUPS": "constexpr", "WIDTH": "constexpr"}, {"GROUPS": 32, "WIDTH": 32}),
         ),
+        "hadamard": (
+            *(HadamardKernel().source, "hadamard"),
+            *(
+                {"x": "*fp32", "y": "*fp32", "M": "i32", "factor": "fp32"}
+                | dict.fromkeys(("ROWS", "SIZE", "ROUNDS"), "constexpr"),
+                {"ROWS": 1, "SIZE": 8192, "ROUNDS": 13},
+            ),
+        ),
         "gather": (GatherKernel(table).source, "gather", {**parts, **block}, {"BLOCK": nodes_triton.BLOCK}),
     }
 
 
 @compiled
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("case", ["pointwise", "quantized", "gather"])
+@pytest.mark.parametrize("case", ["pointwise", "quantized", "hadamard", "gather"])
 def test_compiles_without_a_spill(case: str, capability: int, tmp_path: Path) -> None:
     text, name, signature, constants = sources()[case]
     used = checks.usage(getattr(load(text, name), name), signature, constants, Tile(), capability, tmp_path)
@@ -262,4 +285,5 @@ def test_compiles_without_a_spill(case: str, capability: int, tmp_path: Path) ->
 def test_the_small_kernels_on_a_gpu() -> None:
     assert max(pointwise_error(*shape, device="cuda") for shape in SHAPES) < 5e-6
     assert round_error(3, 64, 8, 32, "cuda") < 1e-6 and round_error(2, 1500, 8, 0, "cuda") < 1e-6
+    assert max(turned_error(*shape, "cuda") for shape in ((5, 48, 2), (3, 96, 32), (2, 16384, 8192))) < 1e-5
     assert max(gather_error(*table, device="cuda") for table in TABLES.values()) < 1e-6

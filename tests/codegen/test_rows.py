@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from smelt.codegen.rows import RowKernel, row_kernel, row_stride
 from smelt.ir.errors import SmeltError
-from smelt.ir.ops import ATTENTION, GATED, LAYER_NORM, OPS, QUANTIZED, RMS_NORM, ROTARY
+from smelt.ir.ops import ATTENTION, GATED, HADAMARD, LAYER_NORM, OPS, QUANTIZED, RMS_NORM, ROTARY
 
 from .mutants import mutant
 
@@ -78,6 +78,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "layer_norm": (LAYER_NORM.target, norm_args(LAYER_NORM.target, 63, 129)),
     "rotary": (ROTARY.target, rotary_args(tokens=63)),
     "quantized": (QUANTIZED.target, {"x": random(63, 129), "bits": 8, "group": 43}),
+    "hadamard": (HADAMARD.target, {"x": random(63, 96), "size": 32}),
     **{f"gated {act}": (GATED.target, gated_args(act, 63, 129)) for act in ("silu", "gelu", "gelu_tanh", "relu")},
     **{
         name: (target, {"self": random(63, 258)[:, :129] * 3} | more) for name, (target, more, _) in ACTIVATIONS.items()
@@ -111,6 +112,13 @@ def test_rounding_equals_the_reference_to_the_bit(bits: int) -> None:
     for rows, (width, group) in product(ROWS, [(1, 1), (15, 5), (64, 32), (129, 0), (256, 64)]):
         args = {"x": random(rows, width), "bits": bits, "group": group}
         assert torch.equal(run(QUANTIZED.target, args["x"], **args), QUANTIZED.reference(**args)), (rows, width)
+
+
+def test_the_hadamard_transform_equals_the_reference() -> None:
+    """Blocks shorter than a vector, of one, and of many; the last vector ends within."""
+    for rows, (width, size) in product(ROWS, [(3, 1), (6, 2), (20, 4), (24, 8), (48, 16), (96, 32), (1024, 1024)]):
+        args = {"x": random(rows, width), "size": size}
+        assert off(run(HADAMARD.target, args["x"], **args), HADAMARD.target, **args) < TOLERANCE, (rows, width, size)
 
 
 @pytest.mark.parametrize("transposed", [True, False])

@@ -87,6 +87,8 @@ SMELT: list[tuple[str, dict[str, tuple[Any, ...]], tuple[Any, ...]]] = [
     ("layer_norm", {"x": M, "w": (6,), "b": (6,)}, ("$x", "$w", "$b", 1e-5)),
     ("quantized", {"x": ("B", "T", 64)}, ("$x", 8, 32)),
     ("quantized", {"x": ("B", "T", 64)}, ("$x", 4, 0)),
+    ("hadamard", {"x": ("B", "T", 96)}, ("$x", 32)),
+    ("hadamard", {"x": ("B", 4, "T", 6)}, ("$x", 2)),
     *(("gated", {"x": M, "u": M}, ("$x", "$u", act)) for act in ("silu", "gelu", "gelu_tanh", "relu")),
     ("attention", {"q": ("B", 4, "T", 8), "k": ("B", 2, "T", 8), "v": ("B", 2, "T", 6)},
      ("$q", "$k", "$v", None, None, 0.3, True)),
