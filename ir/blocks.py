@@ -33,6 +33,9 @@ class Block:
         assert isinstance(stream, fx.Node)
         return stream
 
+    def __str__(self) -> str:
+        return f"layer {self.layer}, {self.kind}"
+
 
 def blocks(program: Program) -> list[Block]:
     """The residual blocks in order: sums of a value and of something that depends on it.
@@ -90,6 +93,21 @@ def rests(stage: Stage, block: Block) -> bool:
 def attended(program: Program) -> frozenset[int]:
     """The cache sites that a program reads, by layer."""
     return frozenset(int(arguments(node)["layer"]) for node in program.calls(CACHED_ATTENTION))
+
+
+def renumber(program: Program) -> None:
+    """Count cache sites from 0 again, in the order in which they are read, where some were taken out."""
+    nodes = list(program.calls(CACHED_ATTENTION))
+    new = {int(arguments(node)["layer"]): number for number, node in enumerate(nodes)}
+    if program.cache is None or all(old == number for old, number in new.items()):
+        return
+    at = CACHED_ATTENTION.arguments.index("layer")
+    for number, node in enumerate(nodes):
+        node.args = (*node.args[:at], number, *node.args[at + 1 :])
+    named = (name.split(".", 1) for name in program.cache.tables)
+    tables = {f"{new[int(layer)]}.{rest}": program.cache.tables[f"{layer}.{rest}"] for layer, rest in named}
+    plan = CachePlan(tuple(replace(site, layer=new[site.layer]) for site in program.cache.sites))
+    program.cache = plan.with_tables(tables) if tables else plan
 
 
 def _take_out(program: Program, left_out: Iterable[Block]) -> None:

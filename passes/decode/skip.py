@@ -62,7 +62,7 @@ class Skip(Pass):
         program.draft = draft
         program.touch("draft")
         kept = sum(weight.nbytes for weight in draft.weights.values()) / program.nbytes
-        return Outcome(tuple(sorted({f"layer {block.layer}, {block.kind}" for block in out})), notes={"bytes": kept})
+        return Outcome(tuple(sorted({str(block) for block in out})), notes={"bytes": kept})
 
     def _layers(self, count: int) -> tuple[int, ...]:
         return self.layers if self.layers or self.feedforward else tuple(range(1, count - 1, 2))

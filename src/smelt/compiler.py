@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +16,7 @@ from torch import nn
 from . import kept
 from .assets import Assets, model_assets
 from .codegen.loss_cuda import register as register_loss
+from .codegen.lower import lower
 from .codegen.plan import Target
 from .ir.capture import capture
 from .ir.errors import SmeltError
@@ -24,10 +29,13 @@ from .passes.manager import run
 from .recipes import Recipe
 from .recipes import load as load_recipe
 from .runtime.artefact import tensor_digest
+from .runtime.session import Session
 from .runtime.text import Tokenizer
 from .samples import Texts, samples
 
 Model: TypeAlias = str | Path | nn.Module
+
+STEPS = 32  # decode steps by which a program is timed, the first quarter of which warms up
 
 
 def compile(
@@ -88,6 +96,8 @@ def compile(
     if draft is not None:
         program.draft = _drafting(draft, assets)
     given = samples(calibration, train, assets.folder, program.facts, checkpoints)
+    if given is not None:
+        given = replace(given, clock=partial(_step_time, target, fallback))
     result = run(program, resolved.steps, given, listen or ignore, stop_after)
     facts = {"recipe": resolved.to_dict(), "recipe_digest": resolved.digest()}
     if given is not None:
@@ -99,6 +109,20 @@ def compile(
     if kept.room():
         kept.trim(kept.trainings())
     return Compiled(result.program, facts, assets, target, fallback, result.report)
+
+
+def _step_time(target: Target, fallback: bool, program: Program, context: int) -> float:
+    """Median milliseconds of a decode step of a program behind so many tokens, or what its context has room for."""
+    context = min(context, int(program.facts.get("context") or context + STEPS) - STEPS)
+    session = Session(lower(program, target, fallback), 1, context + STEPS)
+    session.prefill([[0] * context])
+    token, taken = torch.zeros(1, 1, dtype=torch.int64), []
+    for at in range(context, context + STEPS):
+        begun = time.perf_counter()
+        session.step(token, torch.full((1, 1), at))["logits"].flatten()[0].item()  # waits for a GPU
+        taken.append(time.perf_counter() - begun)
+        session.cache.commit([[0]])
+    return 1e3 * statistics.median(taken[STEPS // 4 :])
 
 
 def _drafting(draft: Compiled, assets: Assets) -> Program:

@@ -1,0 +1,77 @@
+"""One parent and its mutants, selected on more and more text (EvoPress, Sieberling et al. 2024, arXiv:2410.14649)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from ._budget import Purse
+from ._scores import Scores
+from ._space import Candidate
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A round of selection.
+
+    texts: on how many candidates are compared.
+    survivors: how many of the best go on.
+    """
+
+    texts: int
+    survivors: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """Generations of so many offspring each, through the stages; `count` texts are there to be drawn from."""
+
+    generations: int
+    offspring: int
+    stages: Sequence[Stage]
+    seed: int
+    count: int
+
+
+def evolve(
+    purse: Purse, scores: Scores, course: Course, tell: Callable[[int, float], None]
+) -> tuple[Candidate, list[float]]:
+    """The best candidate, and the KL of the parent after each generation, the first one's in front.
+
+    The first parent is the best of the even candidate and of random ones. A parent stands for selection in the last
+    stage beside what survived the others, so that on texts that stay the same it never gets worse.
+    """
+    random = Random(course.seed)
+    first = [purse.even(), *(purse.chance(random) for _ in range(course.offspring - 1))]
+    parent, curve = _selected(first, purse.even(), scores, course, 0)
+    went = [curve]
+    for generation in range(1, course.generations + 1):
+        tell(generation, went[-1])
+        random = Random(course.seed * 1_000_003 + generation)
+        found = (purse.switched(parent, random) for _ in range(course.offspring))
+        offspring = {purse.space.key(child): child for child in found if child is not None}
+        if not offspring:
+            break
+        parent, kl = _selected(list(offspring.values()), parent, scores, course, generation)
+        went.append(kl)
+    return parent, went
+
+
+def _selected(
+    candidates: list[Candidate], parent: Candidate, scores: Scores, course: Course, generation: int
+) -> tuple[Candidate, float]:
+    """The best of the candidates and the parent, by its KL in the last stage."""
+    drawn = list(range(course.count))
+    if course.stages[-1].texts < course.count:
+        Random(course.seed + 7919 * generation).shuffle(drawn)  # texts that were not selected on before
+    for stage in course.stages:
+        last = stage is course.stages[-1]
+        if last and parent not in candidates:
+            candidates = [parent, *candidates]  # in front: it stays where nothing is better
+        found = scores(candidates, drawn[: stage.texts])
+        ranked = sorted(range(len(candidates)), key=found.__getitem__)
+        if last:
+            return candidates[ranked[0]], found[ranked[0]]
+        candidates = [candidates[i] for i in ranked[: stage.survivors]]
+    raise AssertionError("there is a last stage")
