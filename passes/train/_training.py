@@ -14,26 +14,21 @@ from ._loop import Course, Learner, Trained, identity, train
 
 @dataclass(frozen=True)
 class Training(Pass):
-    """A pass that trains weights which only draft: the model is frozen, and its logits stay as they are.
+    """A pass that trains.
 
     steps: updates by AdamW, with a short warm-up and a cosine to zero.
     batch: windows of text in an update.
     length: tokens of a window.
     rate: largest learning rate.
-    decay: weight of the loss of a guess relative to the guess of the token before it.
     seed: of the order of the windows, and of whatever else is drawn.
-    holdout: share of the windows that are not trained on; they decide which weights are kept, and what is drafted.
+    holdout: share of the windows that are not trained on; they decide which weights are kept.
     checks: times that held-out loss is measured, for the curve; the weights of the lowest are kept.
     """
-
-    exactness: ClassVar[Exactness] = Exactness.EXACT
-    effects: ClassVar[frozenset[Effect]] = frozenset({"decode"})
 
     steps: int = 300
     batch: int = 4
     length: int = 128
     rate: float = 1e-3
-    decay: float = 0.8
     seed: int = 0
     holdout: float = 0.1
     checks: int = 8
@@ -56,3 +51,16 @@ class Training(Pass):
 
     def _course(self) -> Course:
         return Course(self.steps, self.batch, self.rate, seed=self.seed, checks=self.checks)
+
+
+@dataclass(frozen=True)
+class DraftTraining(Training):
+    """A pass that trains weights which only draft: the model is frozen, and its logits stay as they are.
+
+    decay: weight of the loss of a guess relative to the guess of the token before it.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    effects: ClassVar[frozenset[Effect]] = frozenset({"decode"})
+
+    decay: float = 0.8

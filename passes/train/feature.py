@@ -15,14 +15,14 @@ from ..decode._layer import FEATURES
 from ..decode._trees import best_tree, expected_tokens
 from ._loop import store
 from ._text import windows
-from ._training import Training
+from ._training import DraftTraining
 from ._unroll import Unroll
 
 RANKS = 4  # candidates behind a node that a fitted tree chooses among
 
 
 @dataclass(frozen=True)
-class Feature(Training):
+class Feature(DraftTraining):
     """The layer of decode.feature learns the model's law of the next tokens; a tree in place is fitted to its hits.
 
     The model is frozen. Before the first update the projection is set, by least squares, to what the model's own last

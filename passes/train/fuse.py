@@ -15,11 +15,11 @@ from ..decode._trees import best_tree, expected_tokens
 from ._fusion import Fusion
 from ._loop import store
 from ._text import windows
-from ._training import Training
+from ._training import DraftTraining
 
 
 @dataclass(frozen=True)
-class Fuse(Training):
+class Fuse(DraftTraining):
     """The layer and the heads of decode.fuse learn the model's law some tokens ahead; the tree is fitted to their hits.
 
     The model is frozen. Before the first update projection and heads are set by least squares. The loss is

@@ -16,11 +16,11 @@ from ..decode._trees import best_tree, expected_tokens
 from ._drill import Drill, trained
 from ._loop import store
 from ._text import windows
-from ._training import Training
+from ._training import DraftTraining
 
 
 @dataclass(frozen=True)
-class Heads(Training):
+class Heads(DraftTraining):
     """Head j learns the token j + 2 places on; the draft tree is then fitted to how often its guesses are right.
 
     The loss is cross-entropy, weighted by decay^j: with the tokens of the text, and with what the model would write,

@@ -16,11 +16,11 @@ from ..decode.prompts import PROMPTS
 from ._inserted import Inserted
 from ._loop import store
 from ._text import windows
-from ._training import Training
+from ._training import DraftTraining
 
 
 @dataclass(frozen=True)
-class Prompts(Training):
+class Prompts(DraftTraining):
     """The embeddings of decode.prompts learn the model's law of the tokens after the next; the tree fits their hits.
 
     The model is frozen; only prompts · K numbers learn. The loss is cross-entropy with the model's law on its eight

@@ -1,4 +1,4 @@
-"""Weights that learn: vectors and dense matrices as they are, encoded ones by their scales, or through their codes.
+"""Weights that learn: vectors and dense matrices as they are, encoded ones by scales and tables, or through codes.
 
 Codes learn by the straight-through estimator: the loss sees the rounded weight, its gradient moves the weight that is
 rounded. With the scale learning too, its gradient is that of Learned Step Size Quantization (Esser et al., 2020).
@@ -6,14 +6,15 @@ rounded. With the scale learning too, its gradient is that of Learned Step Size 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
 import torch
 
-from ...ir.encoding import Affine, Dense
+from ...ir.encoding import Affine, Codebook, Dense, Encoding, LowRank, Sum
 from ...ir.ops import LAYER_NORM, LINEAR, RMS_NORM, is_op
 from ...ir.program import Program
 from ...ir.weight import Weight
@@ -21,6 +22,26 @@ from ..weights._matrices import matrices
 from ..weights._range import Steps
 
 Kind = Literal["norms", "scales", "codes", "dense"]
+
+
+class Relative(Mapping[str, torch.Tensor]):
+    """Parts of which some learn: leaves in units of about their own size, so that one learning rate serves all."""
+
+    def __init__(self, parts: Mapping[str, torch.Tensor], learn: Iterable[str]) -> None:
+        self._parts = dict(parts)
+        self._sizes = {part: _size(parts[part]) for part in learn}
+        self.leaves = {
+            part: (parts[part].float() / size).clone().requires_grad_() for part, size in self._sizes.items()
+        }
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        return self.leaves[part] * self._sizes[part] if part in self.leaves else self._parts[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +65,7 @@ class Through(Weight):
 
 @dataclass
 class Learned:
-    """The leaves that learn, float32 by `weight/part`, and a fork of the program with the `weights` that read them."""
+    """The leaves that learn, by `weight/part`, and a fork of the program with the `weights` that read them."""
 
     part: Program
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -75,23 +96,31 @@ class Learned:
     def _weight(
         self, name: str, weight: Weight, learns: bool, kinds: tuple[Kind, ...], source: Weight | None
     ) -> Weight:
-        encoding = weight.encoding
+        encoding, parts = weight.encoding, weight.parts
+        numbers = [part for part, value in parts.items() if value.is_floating_point()] if "scales" in kinds else []
         if isinstance(encoding, Dense):
-            value = self._leaf(f"{name}/data", weight.dense()) if learns else weight.dense()
-            return replace(Weight.of(value), parts={"data": value})
-        if not isinstance(encoding, Affine) or not {"scales", "codes"} & set(kinds):
-            return Weight.of(weight.dense())
-        parts = {part: weight.parts[part].float().clone() for part in ("scale", "zero") if part in weight.parts}
-        if "scales" in kinds:
-            parts = {part: self._leaf(f"{name}/{part}", value) for part, value in parts.items()}
-        if "codes" in kinds:
-            data = self._leaf(f"{name}/data", _before(weight, source))
-            return Through(weight.shape, encoding, {"data": data, **parts})
-        return Weight(weight.shape, encoding, {**weight.parts, **parts})
+            held = {"data": weight.dense()}
+            return replace(Weight.of(held["data"]), parts=self._parts(name, held, ["data"] if learns else []))
+        if isinstance(encoding, Affine) and "codes" in kinds:
+            held = {part: value.float() for part, value in parts.items() if part in ("scale", "zero")}
+            held["data"] = _before(weight, source)
+            return Through(weight.shape, encoding, self._parts(name, held, ["data", *numbers]))
+        if isinstance(encoding, Affine) or _tabled(encoding):
+            return Weight(weight.shape, encoding, self._parts(name, parts, numbers))
+        return Weight.of(weight.dense())
 
-    def _leaf(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        self.leaves[name] = value.float().clone().requires_grad_()
-        return self.leaves[name]
+    def _parts(self, name: str, parts: Mapping[str, torch.Tensor], learn: list[str]) -> Mapping[str, torch.Tensor]:
+        if not learn:
+            return parts
+        made = Relative(parts, learn)
+        self.leaves |= {f"{name}/{part}": leaf for part, leaf in made.leaves.items()}
+        return made
+
+
+def _size(value: torch.Tensor) -> float:
+    """The power of 2 that is nearest to the root mean square, so that nothing is rounded."""
+    found = float(value.float().square().mean().sqrt())
+    return 2.0 ** round(math.log2(found)) if found else 1.0
 
 
 def _beside(program: Program, name: str) -> bool:
@@ -99,6 +128,12 @@ def _beside(program: Program, name: str) -> bool:
     users = program.uses(name)
     vector = len(program.weights[name].shape) == 1 and bool(users)
     return vector and all(is_op(user, RMS_NORM, LAYER_NORM, LINEAR) for user in users)
+
+
+def _tabled(encoding: Encoding) -> bool:
+    """Whether an encoding's codes are numbers of entries, or a sum of such, integers and thin products."""
+    terms = encoding.terms if isinstance(encoding, Sum) else (encoding,)
+    return all(isinstance(term, Codebook | Affine | LowRank) for term in terms) and not isinstance(encoding, Affine)
 
 
 def _before(weight: Weight, source: Weight | None) -> torch.Tensor:
@@ -118,6 +153,9 @@ def _before(weight: Weight, source: Weight | None) -> torch.Tensor:
 def _stored(old: Weight, new: Weight) -> Weight:
     if isinstance(old.encoding, Dense):
         return replace(old, parts=old.encoding.encode(new.dense()))
+    if _tabled(old.encoding):
+        kinds = {part: value.dtype for part, value in old.parts.items()}
+        return replace(old, parts={part: new.parts[part].detach().to(kind) for part, kind in kinds.items()})
     assert isinstance(old.encoding, Affine)
     held = {part: new.parts[part].detach().to(old.parts[part].dtype) for part in ("scale", "zero") if part in old.parts}
     if not isinstance(new, Through):

@@ -22,8 +22,9 @@ class Recover(Training):
 
     Only what is stored anyway is trained, in the types and encodings that it has, so that no byte is added.
 
-    learn: what is trained. `norms` are vectors, `scales` those (and zeros) of integer codes, `codes` the integers
-        themselves by the straight-through estimator, `dense` matrices that are not encoded.
+    learn: what is trained. `norms` are vectors, `scales` those (and zeros) of integer codes, and the numbers in
+        codebooks and thin factors, `codes` the integers themselves by the straight-through estimator, `dense` matrices
+        that are not encoded.
     text: share of the loss that is with the text instead of the first model's laws on their 64 likeliest tokens.
     hidden: weight of the mean squared distance of the states in front of the head, relative to their mean square.
     """
@@ -34,7 +35,7 @@ class Recover(Training):
     learn: tuple[Literal["norms", "scales", "codes", "dense"], ...] = ("norms", "scales")
     text: float = 0.0
     hidden: float = 0.0
-    rate: float = 2e-4
+    rate: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
