@@ -13,7 +13,7 @@ from torch import fx
 
 from ..ir.ops import HEAD, RMS_NORM, arguments, is_op
 from ..ir.weight import Weight
-from . import interleave, loops, product
+from . import interleave, product
 from .arena import Arena
 from .fuse import Chain, Region
 from .gemv import name as encoding_name
@@ -121,8 +121,7 @@ class ProductKernel:
         return {node: self.arena.packed(self._weight(node), self._pack) for node in nodes}
 
     def _pack(self, weight: Weight) -> list[torch.Tensor]:
-        expr = weight.encoding.expr((None, loops.K))
-        return list(interleave.pack(expr, weight.parts, weight.shape[0], self.arena.hold).values())
+        return list(product.pack(weight.encoding, weight.parts, weight.shape[0], self.arena.hold).values())
 
     def bind(self, value: Value, outs: Mapping[fx.Node, torch.Tensor]) -> Call:
         """A call that writes every chain's output, contiguous."""

@@ -15,17 +15,20 @@ from ..ir.weight import Weight
 from .printers import cpp
 from .rows import RowKernel
 from .unit import Call, Function, call
+from .walk import struct, walked
+from .walk import text as declared_walk
 
 
 def gather_kernel(weight: Weight) -> RowKernel | str:
     """The lookup kernel of a table, or why there is none."""
     if len(weight.shape) != 2:
         return f"a table must be two-dimensional, not {list(weight.shape)}"
-    expr = weight.encoding.expr((None, weight.shape[1]))
-    if expr.dtype != "float32":
-        return f"the table's values are {expr.dtype}, not float32"
-    if strange := [dtype for dtype in stored(expr).values() if dtype not in cpp.CTYPES]:
-        return f"{weight.encoding} stores {strange[0]}, which no kernel loads"
+    if not walked(weight.encoding):
+        expr = weight.encoding.expr((None, weight.shape[1]))
+        if expr.dtype != "float32":
+            return f"the table's values are {expr.dtype}, not float32"
+        if strange := [dtype for dtype in stored(expr).values() if dtype not in cpp.CTYPES]:
+            return f"{weight.encoding} stores {strange[0]}, which no kernel loads"
     name = f"gather.{weight.encoding.name}"
     return RowKernel(name, gather_function(weight.encoding, weight.shape[1]).source, partial(_bind, weight, name))
 
@@ -36,11 +39,15 @@ def gather_function(encoding: Encoding, width: int) -> Function:
 
     Its last word is the first place of an id that is not a row of the table, or -1.
     """
-    expr = encoding.expr((None, width))
-    dtypes = stored(expr)
+    dtypes = _dtypes(encoding, width)
     declared = [f"const {cpp.CTYPES[dtypes[part]]}* p_{part} = (const {cpp.CTYPES[dtypes[part]]}*)c[{5 + i}];"
                 for i, part in enumerate(sorted(dtypes))]  # fmt: skip
-    value = cpp.scalar(expr, {part: f"p_{part}" for part in dtypes})
+    names = {part: f"p_{part}" for part in dtypes}
+    if walked(encoding):
+        row = _WALK.format(struct=struct(encoding), parts=", ".join(names.values()), row=n.name, width=width)
+    else:
+        value = cpp.scalar(encoding.expr((None, width)), names)
+        row = f"for (int64_t {k.name} = 0; {k.name} < {width}; {k.name}++) y[{k.name}] = {value};"
     text = f"""
 // ids, y, m, rows of the table, its parts, and where the first wrong id stands
 static void $name(Rank& rank, const int64_t* c) {{
@@ -52,11 +59,24 @@ static void $name(Rank& rank, const int64_t* c) {{
       __atomic_store_n((int64_t*)c + {5 + len(dtypes)}, r, __ATOMIC_RELAXED);
       return;
     }}
-    for (int64_t {k.name} = 0; {k.name} < {width}; {k.name}++) y[{k.name}] = {value};
+    {row}
   }});
 }}
 """
-    return Function.of(f"gather.{encoding.name}", text)
+    return Function.of(f"gather.{encoding.name}", text, (declared_walk(encoding),) if walked(encoding) else ())
+
+
+_WALK = """{struct} walk({parts}, {row} / 16, {width});  // one row of the sixteen that are read
+    for (int64_t k = 0; k < {width}; k += 4) {{
+      f32x16 read[4];
+      walk.next(read);
+      for (int i = 0; i < 4; i++) y[k + i] = read[i][{row} % 16];
+    }}"""
+
+
+def _dtypes(encoding: Encoding, width: int) -> dict[str, str]:
+    """The parts that a lookup reads and how they are stored."""
+    return walked(encoding) or stored(encoding.expr((None, width)))
 
 
 def _bind(weight: Weight, name: str, args: Mapping[str, Any], out: torch.Tensor) -> Call:
@@ -77,7 +97,7 @@ def _bind(weight: Weight, name: str, args: Mapping[str, Any], out: torch.Tensor)
 
 def _parts(weight: Weight, name: str) -> list[torch.Tensor]:
     """The stored parts that the kernel reads, in its order; SmeltError where they do not hold the table."""
-    dtypes = stored(weight.encoding.expr((None, weight.shape[1])))
+    dtypes = _dtypes(weight.encoding, weight.shape[1])
     parts = {part: weight.parts[part].contiguous() for part in sorted(dtypes)}
     for part, tensor in parts.items():
         if str(tensor.dtype) != f"torch.{dtypes[part]}":

@@ -51,12 +51,16 @@ def source(encoding: Encoding) -> str:
 
 def name(encoding: Encoding) -> str:
     """`gemv.affine4.g64`: the encoding with its bits, and its other options where they are not the default."""
-    (kind, options), defaults = next(iter(encoding.spec().items())), inspect.signature(type(encoding)).parameters
+    (kind, options), defaults = next(iter(encoding.form.spec().items())), inspect.signature(type(encoding)).parameters
     words = [kind + str(options.get("bits", ""))]
     for option, value in options.items():
         if option == "bits" or value == defaults[option].default:
             continue
-        words.append(option if value is True else value if isinstance(value, str) else f"{option[0]}{value}")
+        inner = getattr(encoding, option, None)
+        if isinstance(inner, Encoding):
+            words.append(name(inner).removeprefix("gemv."))
+        else:
+            words.append(option if value is True else value if isinstance(value, str) else f"{option[0]}{value}")
     return ".".join(["gemv", *words])
 
 
@@ -89,7 +93,7 @@ class Gemv:
             raise SmeltError(
                 f"gemv: the parts hold {8 * nbytes} bits, {self.encoding} of shape {list(shape)} has {wanted}"
             )
-        packed = interleave.pack(self.encoding.expr((None, loops.K)), parts, shape[0], _contiguous)
+        packed = product.pack(self.encoding, parts, shape[0], _contiguous)
         return Bound(self.encoding, shape, nbytes, packed)
 
 

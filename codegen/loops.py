@@ -6,13 +6,13 @@ coefficients that are constant over a group of columns and leave the loop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
-from ..ir.encoding import Encoding
+from ..ir.encoding import NM, Encoding
 from ..ir.encoding.expr import Bin, Cast, Const, Expr, indices, k, loads, stored, substitute
-from . import interleave
+from . import interleave, walk
 from .hoist import folded, span, split
 from .interleave import lane
 from .printers import cpp
@@ -21,6 +21,7 @@ from .ranges import Ranges
 K = sympy.Symbol("K", integer=True, positive=True)
 group, step, column = sympy.symbols("group step column", integer=True, nonnegative=True)
 LENGTHS = (4, 8, 16, 32, 64, 128)  # columns of an unrolled piece of the inner loop
+ONE = Const(1.0, "float32")
 LANES: Ranges = {lane: (0, interleave.ROWS - 1)}
 
 
@@ -29,7 +30,9 @@ class Inner:
     """The loop over one group of columns: the sum of coefficient times factor, and a term without a factor.
 
     `columns`: of a group, None for the whole row; `length`: of an unrolled piece. `factor` is over `step` and `column`,
-    an integer code in 0..255 above `-offset` where the product is one of integers.
+    an integer code in 0..255 above `-offset` where the product is one of integers. `walked`: the factor is what a walk
+    reads (see `walk`), not the expression that stands for it. `kept`, `of`: columns are the kept ones of N:M sparsity,
+    and `places` says which of the neighbours each is.
     """
 
     columns: int | None
@@ -38,6 +41,10 @@ class Inner:
     factors: tuple[Expr, ...]
     constant: Expr | None
     offset: int = 0
+    walked: bool = False
+    kept: int = 1
+    of: int = 1
+    places: tuple[Expr, ...] = ()
 
     def at(self, factor: Expr, i: int | sympy.Expr) -> Expr:
         """A factor at column `i` of piece `step`."""
@@ -53,26 +60,35 @@ class Inner:
 
 def floats(encoding: Encoding) -> Inner | str:
     """The loop of a product with float32 activations, or why there is none."""
-    expr = encoding.expr((None, K))
+    if walk.walked(encoding):
+        return Inner(None, walk.COLUMNS, (ONE,), (ONE,), None, walked=True)
+    expr, *places = encoding.kept((None, K)) if isinstance(encoding, NM) else (encoding.expr((None, K)),)
     if reason := _unreadable(expr):
         return reason
     columns = span(expr)
     terms = split(_placed(expr, columns), {column}, codes=True)  # a code with its offset: what is summed stays small
+    found = Inner(columns, 1, (), (), None, places=tuple(_placed(each, columns) for each in places))
+    if isinstance(encoding, NM):  # the activations differ from row to row, and so does their sum
+        found = replace(found, kept=encoding.keep, of=encoding.of)
+        terms = [(c, f or ONE) for c, f in terms]
     varying = [(c, f) for c, f in terms if f is not None]
     constant = next((c for c, f in terms if f is None), None)
     coefficients, factors = tuple(c for c, _ in varying), tuple(f for _, f in varying)
+    found = replace(found, coefficients=coefficients, factors=factors, constant=constant)
     for length in LENGTHS:
         if columns is None or columns % length == 0:
-            found = Inner(columns, length, coefficients, factors, constant)
-            if all(_settled(found.at(f, i)) for f in factors for i in range(length)):
+            found = replace(found, length=length)
+            if all(_settled(found.at(f, i)) for f in (*factors, *found.places) for i in range(length)):
                 return found
     if columns is not None:
         return f"its codes do not unpack to whole numbers of columns within groups of {columns}"
-    return Inner(None, 1, coefficients, factors, constant)
+    return replace(found, length=1)
 
 
 def integers(encoding: Encoding, width: int) -> Inner | str:
     """The loop of a product with 8-bit activations in groups of `width`, or why there is none."""
+    if isinstance(encoding, NM):
+        return "its rows read other activations each, which are picked as floats alone"
     expr = encoding.expr((None, K))
     if reason := _unreadable(expr):
         return reason

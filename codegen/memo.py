@@ -32,7 +32,10 @@ def remembered(question: str, encoding: Encoding, answer: Callable[[], str]) -> 
     return text
 
 
-_ANSWERING = ("choose", "hoist", "interleave", "loops", "product", "ranges", "printers/cpp", "printers/index")
+_ANSWERING = (
+    "choose", "expand", "hoist", "interleave", "loops", "product", "ranges", "walk",
+    "printers/cpp", "printers/index",
+)  # fmt: skip
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch import fx
 
 from ..ir.cache import Site
 from ..ir.encoding.expr import stored
+from ..ir.errors import SmeltError
 from ..ir.ops import ROTARY, arguments, is_op
 from ..ir.weight import Weight
 from . import rows_triton
@@ -105,7 +106,10 @@ def gather_refuses(weight: Weight) -> str | None:
     """Why rows of a table have no kernel, or None."""
     if len(weight.shape) != 2:
         return f"a table must be two-dimensional, not {list(weight.shape)}"
-    expr = weight.encoding.expr((None, weight.shape[1]))
+    try:
+        expr = weight.encoding.expr((None, weight.shape[1]))
+    except SmeltError as error:  # its value is no expression
+        return str(error)
     if expr.dtype != "float32":
         return f"the table's values are {expr.dtype}, not float32"
     strange = [dtype for dtype in stored(expr).values() if dtype not in POINTERS]

@@ -12,15 +12,16 @@ Every row of x is reduced in one order whatever M is, so that a token gets the s
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
+import torch
 
 from ..ir.encoding import Encoding
 from ..ir.encoding.expr import Bin, Cast, Const, Expr, k, loads, stored, substitute
 from ..ir.errors import SmeltError
-from . import choose, interleave
+from . import choose, interleave, walk
 from .hoist import folded
 from .interleave import lane
 from .loops import LANES, Inner, K, column, floats, integers
@@ -63,7 +64,16 @@ class Spec:
 
 def parts(encoding: Encoding) -> dict[str, str]:
     """What a kernel is given of a weight, and how it is stored, in order."""
-    return stored(encoding.expr((None, K)))
+    return walk.walked(encoding) or stored(encoding.expr((None, K)))
+
+
+def pack(
+    encoding: Encoding, held: Mapping[str, torch.Tensor], rows: int, hold: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The parts of a matrix of so many rows as the kernel reads them; `hold` as in `interleave`."""
+    if ordered := walk.walked(encoding):
+        return {part: hold(held[part]) for part in ordered}
+    return interleave.pack(encoding.expr((None, K)), held, rows, hold)
 
 
 @functools.cache
@@ -75,7 +85,8 @@ def function(spec: Spec, label: str) -> Function:
     operands with their row lengths.
     """
     text = remembered(str(spec), spec.encoding, lambda: source(spec))
-    return Function.of(label, text, choose.NEEDS if spec.head else (MATH,))
+    needs = choose.NEEDS if spec.head else (MATH,)
+    return Function.of(label, text, (*needs, walk.text(spec.encoding)) if walk.walked(spec.encoding) else needs)
 
 
 def source(spec: Spec) -> str:
@@ -100,7 +111,7 @@ def source(spec: Spec) -> str:
     body = (_integers if spec.width is not None else _floats)(spec, inner, names)
     lines = [*(f"const f32x16 v{m} = acc{m}[b];" for m in range(spec.matrices)), *operands, *spec.lines]
     return _TEMPLATE.format(
-        title=f"{spec.encoding}{'' if spec.width is None else f', int8 activations in groups of {spec.width}'}",
+        title=f"{spec.encoding.form}{'' if spec.width is None else f', int8 activations in groups of {spec.width}'}",
         declared="\n  ".join(declared),
         words=at,
         many=BLOCK if spec.width is not None else 4,  # rows of x that share a decoded vector: 32 registers
@@ -158,27 +169,38 @@ def _integers(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
 
 def _floats(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
     ranges, length, terms = inner.ranges, inner.length, range(len(inner.factors))
-    columns = str(inner.columns) if inner.columns else f"(K / {length} * {length})"
+    held = f"K * {inner.kept} / {inner.of}" if inner.places else "K"
+    at = f"group * columns + step * {length}"
+    at = f"({at}) / {inner.kept} * {inner.of}" if inner.places else at
+    columns = str(inner.columns) if inner.columns else f"({held} / {length} * {length})"
     partial = min(4, length)  # sums that do not wait for one another
     out = [
         "  const float* x = (const float*)c[3] + m * K;",
-        f"  const int64_t columns = {columns}, groups = {f'K / {inner.columns}' if inner.columns else '1'};",
+        f"  const int64_t columns = {columns}, groups = {f'{held} / {inner.columns}' if inner.columns else '1'};",
     ]
     for m in range(spec.matrices):
         out += [
             f"  f32x16 acc{m}[B] = {{}};",
             "  for (int64_t group = 0; group < groups; group++) {",
+            *(
+                [f"    {walk.struct(spec.encoding)} walk({', '.join(names[m].values())}, tile, K);"]
+                if inner.walked
+                else []
+            ),
             *(f"    f32x16 sum{t}[B][{partial}] = {{}};" for t in terms),
             f"    for (int64_t step = 0; step < columns / {length}; step++) {{",
-            f"      const float* xs = x + group * columns + step * {length};",
-            f"      if (!m) {{ {' '.join(_ahead(inner, names[m]))} }}",
+            f"      const float* xs = x + {at};",
+            "      f32x16 read[4]; walk.next(read);"
+            if inner.walked
+            else f"      if (!m) {{ {' '.join(_ahead(inner, names[m]))} }}",
         ]
         for i in range(length):
             for t in terms:
-                out.append(f"      {{ const f32x16 v = {_decoded(inner.at(inner.factors[t], i), ranges, names[m])};")
+                value = f"read[{i}]" if inner.walked else _decoded(inner.at(inner.factors[t], i), ranges, names[m])
+                out.append(f"      {{ const f32x16 v = {value};")
                 out.append(
                     f"        for (int b = 0; b < B; b++) sum{t}[b][{i % partial}] = "
-                    f"fma(v, splat(xs[b * K + {i}]), sum{t}[b][{i % partial}]); }}"
+                    f"fma(v, {_activation(inner, i, names[m])}, sum{t}[b][{i % partial}]); }}"
                 )
         out.append("    }")
         for t in terms:
@@ -192,7 +214,7 @@ def _floats(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
                 f"fma(shift, splat(total(x + b * K + group * columns, columns)), acc{m}[b]);"
             )
         out.append("  }")
-        if inner.columns is None and length > 1:
+        if inner.columns is None and length > 1 and not inner.walked and not inner.places:
             whole = folded(substitute(interleave.rewritten(spec.encoding.expr((None, K))), {k: column}), LANES)
             out += [
                 "  for (int64_t column = columns; column < K; column++) {  // a row's end that fills no piece",
@@ -203,6 +225,19 @@ def _floats(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
     return "\n".join(out)
 
 
+def _activation(inner: Inner, i: int, names: dict[str, str]) -> str:
+    """What the column `i` of a piece is multiplied with: an activation for all rows, or one that each row picks."""
+    if not inner.places:
+        return f"splat(xs[b * K + {i}])"
+    place = inner.at(inner.places[0], i)
+    match place:
+        case Bin("and", a, Const()):  # what lies above a place is not looked at
+            at = cpp.low_bits(a, lane, inner.ranges, names)
+        case _:
+            at = cpp.vector(place, lane, inner.ranges, names)
+    return f"pick<{inner.of}>(xs + b * K + {i // inner.kept * inner.of}, {at})"
+
+
 def _ahead(inner: Inner, names: dict[str, str]) -> list[str]:
     """Statements that fetch what the same piece of the loop will read some groups on, a cache line each.
 
@@ -211,7 +246,7 @@ def _ahead(inner: Inner, names: dict[str, str]) -> list[str]:
     """
     lines: dict[str, None] = {}
     for i in range(inner.length):
-        for factor in inner.factors:
+        for factor in (*inner.factors, *inner.places):
             for load in loads(inner.at(factor, i)):
                 wide = across(load.index, lane)
                 if wide not in ("words", "contiguous") or load.part not in names:

@@ -14,19 +14,22 @@ from typing import Any
 from ..errors import SmeltError, nearest
 from .affine import Affine
 from .base import Encoding, Parts
+from .bitmap import Bitmap
 from .channel_scaled import ChannelScaled
 from .codebook import Codebook
 from .dense import Dense
 from .low_rank import LowRank
+from .nm import NM
 from .nonuniform import Nonuniform
 from .rotated import Rotated
 from .sign import Sign
 from .sparse import Sparse
 from .sum import Sum
+from .tiered import Tiered
 
 __all__ = [
-    "Affine", "ChannelScaled", "Codebook", "Dense", "Encoding", "LowRank", "Nonuniform", "Parts", "Rotated", "Sign",
-    "Sparse", "Sum", "catalogue", "parse",
+    "NM", "Affine", "Bitmap", "ChannelScaled", "Codebook", "Dense", "Encoding", "LowRank", "Nonuniform", "Parts",
+    "Rotated", "Sign", "Sparse", "Sum", "Tiered", "catalogue", "parse",
 ]  # fmt: skip
 
 

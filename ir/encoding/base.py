@@ -83,6 +83,11 @@ class Encoding(ABC):
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """Why this shape cannot be stored, or None."""
 
+    @property
+    def form(self) -> Encoding:
+        """Itself without what was counted in the data: all that a kernel depends on."""
+        return self
+
     def spec(self) -> dict[str, dict[str, Any]]:
         """The recipe form, `{name: {field: value}}`; what is None is left out."""
         return {self.name: {name: _plain(value) for name, value in Encoding._options(self).items()}}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
-from ...ir.encoding import Dense
+from ...ir.encoding import NM, Affine, Dense, Encoding
 from ...ir.ops import EMBEDDING, EXPERTS, HEAD, LINEAR, arguments, is_op
 from ...ir.program import Program
+from ...ir.weight import Weight
 
 # the operands of each op that are weight matrices
 _OPERANDS = {LINEAR: ("weight",), HEAD: ("weight",), EMBEDDING: ("weight",), EXPERTS: ("gate_up", "down")}
@@ -61,15 +62,31 @@ def siblings(program: Program) -> list[Siblings]:
     return [Siblings(x, tuple(nodes)) for x, nodes in found.items()]
 
 
-def all_dense(program: Program, names: list[str]) -> Iterator[str]:
-    """The contract of passes that encode weights: each is still Dense."""
-    coded = [name for name in names if not isinstance(program.weights[name].encoding, Dense)]
+def all_dense(program: Program, names: list[str], sparse: bool = False) -> Iterator[str]:
+    """The contract of passes that encode weights: each is still Dense; with `sparse`, or what N:M sparsity keeps is."""
+
+    def open_to(encoding: Encoding) -> bool:
+        return isinstance(encoding.values if sparse and isinstance(encoding, NM) else encoding, Dense)
+
+    coded = [name for name in names if not open_to(program.weights[name].encoding)]
     if coded:
         yield (
             f"weights of {coded[0]} must be Dense, but are {program.weights[coded[0]].encoding}"
             f"{program.changed_by(coded[0])}{f', and {len(coded) - 1} more' if len(coded) > 1 else ''}: "
             "encode them once"
         )
+
+
+def stored_in(weight: Weight, encoding: Affine) -> Affine | NM | str:
+    """What stores a matrix in these codes, or why nothing does; groups count what N:M sparsity removed as well."""
+    sparse = weight.encoding
+    if not isinstance(sparse, NM):
+        return encoding.refuses(weight.shape) or encoding
+    if encoding.group * sparse.keep % sparse.of:
+        return f"groups of {encoding.group} are no whole groups of {sparse.of} neighbours"
+    kept = encoding.group * sparse.keep // sparse.of
+    held = replace(sparse, values=Affine(encoding.width, kept, encoding.axis, encoding.zero, encoding.scale))
+    return held.refuses(weight.shape) or held
 
 
 def _matrix(program: Program, name: str, read: list[tuple[fx.Node, fx.Node]], routers: set[fx.Node]) -> Matrix | str:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from ...ir.encoding import Affine
+from ...ir.encoding import NM, Affine, Encoding
 from ...ir.errors import SmeltError
 from ...ir.ops import EXPERTS, is_op
 from ...ir.program import Program
 from ...ir.weight import Weight
-from .._finished import Finished
-from .._walk import Walk
 from ..base import Calibration, Effect, Outcome, Pass, Samples
-from ._gptq import solve
-from ._matrices import all_dense, matrices, siblings
-from ._moments import Attended, moments
+from ._gptq import Solved, solve
+from ._in_order import finite, in_order, told
+from ._matrices import all_dense, matrices, stored_in
 from ._range import Range, check, encode
 
 
@@ -75,8 +73,9 @@ class Gptq(Pass):
         check(self.range, self.bits, self.zero)
 
     def requires(self, program: Program) -> Iterator[str]:
-        """Every matrix that would be encoded must still be dense."""
-        yield from all_dense(program, [name for name, how in self._plan(program).items() if isinstance(how, Affine)])
+        """Every matrix that would be encoded must still be dense, or what N:M sparsity keeps of it."""
+        names = [name for name, how in self._plan(program).items() if not isinstance(how, str)]
+        yield from all_dense(program, names, sparse=True)
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Solve the products of one tensor after the other; what a run that was broken off has finished is taken up."""
@@ -84,53 +83,27 @@ class Gptq(Pass):
             raise SmeltError("weights.gptq needs sample texts: pass calibration texts to compile")
         plan = self._plan(program)
         skipped = {name: how for name, how in plan.items() if isinstance(how, str)}
-        encodings = {name: how for name, how in plan.items() if isinstance(how, Affine)}
-        finished, walk = Finished.of(program, self, samples), Walk(program, samples)
-        weighted = Attended(walk, self.least) if self.tokens == "attended" else None
-        sites: dict[str, dict[str, Any]] = {}
-        todo = [each for each in siblings(program) if any(name in encodings for name in each.names)]
-        for at, each in enumerate(todo):
-            samples.progress(at, len(todo), each.names[0])
-            counts = weighted.counts(each) if weighted else None
-            left = [name for name in each.names if name in encodings and name not in sites]
-            kept = {name: finished.get(name) for name in left}
-            if None in kept.values():
-                hessian = moments(walk, each.x, counts)
-            for name in left:
-                taken = kept[name]
-                if taken is not None:
-                    program.weights[name], sites[name] = taken, {"resumed": True}
-                else:
-                    old = program.weights[name]
-                    program.weights[name], sites[name] = self._solved(name, old, encodings[name], hessian)
-                    finished.put(name, program.weights[name])
+        encodings = {name: how for name, how in plan.items() if not isinstance(how, str)}
+        least = self.least if self.tokens == "attended" else None
+        sites = in_order(program, self, samples, encodings, self._solved, self.damp, least)
         for name in encodings.keys() - sites.keys():  # tables that only lookups read
-            parts = encode(_finite(name, program.weights[name]), encodings[name], self.range)
-            program.weights[name] = Weight(program.weights[name].shape, encodings[name], parts)
+            table = encodings[name]
+            assert isinstance(table, Affine)
+            parts = encode(finite(name, program.weights[name]), table, self.range)
+            program.weights[name] = Weight(program.weights[name].shape, table, parts)
             sites[name] = {"error": None}
         program.touch(*sites)
-        made = [program.weights[name] for name in sites]
-        bits = sum(weight.bits for weight in made) / max(1, sum(math.prod(weight.shape) for weight in made))
-        notes = {"sites": sites, "bits_per_weight": round(bits, 4), "tokens": samples.tokens.numel()}
-        return Outcome(tuple(sites), skipped, notes if sites else {})
+        return Outcome(tuple(sites), skipped, told(program, sites, samples))
 
-    def _solved(
-        self, name: str, weight: Weight, encoding: Affine, hessian: torch.Tensor
-    ) -> tuple[Weight, dict[str, Any]]:
-        try:
-            solved = solve(_finite(name, weight), hessian, encoding, self.range, self.order, self.damp)
-        except SmeltError as error:
-            raise SmeltError(f"{name}: {error}") from error
-        notes: dict[str, Any] = {"error": float(f"{solved.error:.3g}")}
-        if not bool(hessian.any()):
-            notes["unreached"] = "the sample text gives nothing but zeros here"
-        elif solved.damp != self.damp:
-            notes["damp"] = solved.damp
-        return Weight(weight.shape, encoding, solved.parts), notes
+    def _solved(self, weight: Weight, hessian: torch.Tensor, encoding: Encoding) -> Solved:
+        assert isinstance(encoding, Affine | NM)
+        sparse = weight.encoding
+        columns = sparse.columns(weight.parts, weight.shape) if isinstance(sparse, NM) else None
+        return solve(weight.dense(), hessian, encoding, self.range, self.order, self.damp, columns)
 
-    def _plan(self, program: Program) -> dict[str, Affine | str]:
+    def _plan(self, program: Program) -> dict[str, Affine | NM | str]:
         """The encoding of each matrix, or why it stays as it is."""
-        found: dict[str, Affine | str] = {}
+        found: dict[str, Affine | NM | str] = {}
         for name, matrix in matrices(program).items():
             if isinstance(matrix, str):
                 found[name] = matrix
@@ -141,12 +114,5 @@ class Gptq(Pass):
             else:
                 bits = 8 if matrix.vocabulary and self.head == 8 else self.bits
                 encoding = Affine(bits, self.group, zero=self.zero, scale=self.scale)
-                found[name] = encoding.refuses(program.weights[name].shape) or encoding
+                found[name] = stored_in(program.weights[name], encoding)
         return found
-
-
-def _finite(name: str, weight: Weight) -> torch.Tensor:
-    dense = weight.dense()
-    if not bool(dense.isfinite().all()):
-        raise SmeltError(f"{name}: has NaN or infinite values, which no integer stands for")
-    return dense

@@ -6,19 +6,19 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from ...ir.encoding import Affine
+from ...ir.encoding import NM, Affine
 from ...ir.encoding.packing import LANES
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from ...ir.weight import Weight
 from ..base import Effect, Exactness, Outcome, Pass, Samples
 from ..measure import sqnr
-from ._matrices import Matrix, all_dense, matrices
+from ._matrices import Matrix, all_dense, matrices, stored_in
 from ._range import Range, check, encode
 
 
@@ -70,9 +70,9 @@ class Quantize(Pass):
         check(self.range, self.bits, self.zero)
 
     def requires(self, program: Program) -> Iterator[str]:
-        """Every matrix that would be encoded must still be dense."""
+        """Every matrix that would be encoded must still be dense, or what N:M sparsity keeps of it."""
         names = [name for name, width in self._widths(program).items() if isinstance(width, int)]
-        yield from all_dense(program, names)
+        yield from all_dense(program, names, sparse=True)
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Encode one matrix at a time; no two are decoded at once."""
@@ -108,13 +108,20 @@ class Quantize(Pass):
         dense = weight.dense()
         if not bool(dense.isfinite().all()):
             raise SmeltError(f"{name}: has NaN or infinite values, which no integer stands for")
-        group = self.group
-        if group is None:
+        sparse = weight.encoding if isinstance(weight.encoding, NM) else None
+        columns = sparse.columns(weight.parts, weight.shape) if sparse else None
+        values = dense if columns is None else dense.gather(-1, columns)
+        if self.group is None:
             block = math.lcm(Affine(width, 0).block, LANES)
-            group = granularity(dense, block, self.smallest, self.alpha)
+            group = granularity(values, block, self.smallest, self.alpha)
+        else:
+            group = self.group * values.shape[-1] // dense.shape[-1]
         encoding = Affine(width, group, zero=self.zero, scale=self.scale)
         try:
-            encoded = Weight(weight.shape, encoding, encode(dense, encoding, self.range))
+            parts = encode(values, encoding, self.range)
+            encoded = Weight(weight.shape, encoding, parts)
+            if sparse and columns is not None:
+                encoded = Weight(weight.shape, replace(sparse, values=encoding), sparse.parts(columns, parts))
         except SmeltError as error:
             raise SmeltError(f"{name}: {error}") from error
         ratio = min(sqnr(dense, encoded.dense()), 999.0)  # a matrix of zeros has no noise, and JSON no infinity
@@ -135,7 +142,8 @@ class Quantize(Pass):
         least = self.smallest if self.group is None else self.group
         if weight.shape[-1] < least:
             return f"its rows of {weight.shape[-1]} are shorter than a group of {least}"
-        return Affine(width, self.group or 0, zero=self.zero, scale=self.scale).refuses(weight.shape) or width
+        found = stored_in(weight, Affine(width, self.group or 0, zero=self.zero, scale=self.scale))
+        return found if isinstance(found, str) else width
 
 
 def granularity(weight: torch.Tensor, block: int, smallest: int, alpha: float) -> int:

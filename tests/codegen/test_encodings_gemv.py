@@ -5,6 +5,7 @@ import torch
 
 from smelt.codegen.gemv import Gemv, covers, name
 from smelt.ir.encoding import (
+    NM,
     Affine,
     ChannelScaled,
     Codebook,
@@ -23,7 +24,12 @@ TOLERANCE = 1e-7  # of the sum of magnitudes
 ENCODINGS = {
     "three bits": Affine(3, 64, zero=True),
     "codebook": Codebook(4, 8, shared=True),
+    "banks of tables": Codebook(1, 3, shared=True, norm=True, banks=8),
+    "added books": Sum((*(Codebook(4, 4, shared=True, norm=True),) * 2, LowRank(4))),
     "scaled channels": ChannelScaled(Affine(8, 0)),
+    "two of four": NM(2, 4, Affine(4, 64)),
+    "one of sixteen, with zeros": NM(1, 16, Affine(8, 16, zero=True)),
+    "four of eight": NM(4, 8),
     "a sum": Sum((Affine(8, 0), LowRank(2), Sparse(2))),
 }
 
@@ -61,6 +67,9 @@ def test_the_product_equals_decode(which: str) -> None:
     ("which", "right", "wrong"),
     [
         ("three bits", " * 4)", " * 2)"),
+        ("banks of tables", " * 8)", " * 4)"),
+        ("two of four", "pick<4>(xs + b * K + 4,", "pick<4>(xs + b * K + 8,"),
+        ("one of sixteen, with zeros", "fma(scale1, (", "fma(1.05f * scale1, ("),
         ("a sum", " == (int32_t)(", " == 1 + (int32_t)("),
     ],
 )

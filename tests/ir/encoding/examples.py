@@ -3,6 +3,7 @@
 import torch
 
 from smelt.ir.encoding import (
+    NM,
     Affine,
     ChannelScaled,
     Codebook,
@@ -26,6 +27,7 @@ EXAMPLES: dict[str, tuple[Encoding, float, float]] = {
     "ranges alone": (Nonuniform(3, axis="channel", range="calibrated", kind="normal", scale="float32"), 14.4, 16.0),
     "pairs": (Codebook(2, 4), 12.3, 13.9),
     "wide codes": (Codebook(4, 9, shared=True), 15.4, 17.0),
+    "banks": (Codebook(2, 4, shared=True, norm=True, banks=4), 10.3, 11.9),
     "a grid": (Codebook(2, 8, kind="gaussian", norm=True), 11.5, 13.1),
     "sparse": (Sparse(0.05), 2.9, 4.5),
     "by channel": (Sparse(0.05, axis="channel"), 1, 2),
@@ -39,6 +41,8 @@ EXAMPLES: dict[str, tuple[Encoding, float, float]] = {
     "a corrected cache": (
         Sum((LowRank(1, factors=Affine(4, 0)), Affine(3, 64, zero=True),
              Sparse(0.02, values=Affine(8, 64, "channel"))), "outliers"), 16.4, 18.0),
+    "two of four": (NM(2, 4), 10.3, 11.9),
+    "two of four in four bits": (NM(2, 4, Affine(4, 32)), 9.2, 10.8),
     "sign": (Sign(32), 1.9, 3.5),
     "a sum": (Sum((Affine(2, 64, "channel", True), LowRank(4), Sparse(0.02))), 10.0, 11.6),
     "outliers first": (OUTLIERS, 10.0, 11.6),

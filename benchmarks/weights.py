@@ -1,0 +1,219 @@
+"""What weights lose by each way to store fewer of them: the bundled model, held-out text, several samples of text.
+
+python benchmarks/weights.py                     # every part
+python benchmarks/weights.py sparsity --seeds 4
+
+A part is a function in PARTS that gives rows of numbers by name, an entry a sample. Where nothing else is said a number
+is KL(source || changed) on held-out text in nats, whole windows at once and without kernels; all samples come from the
+same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from decode import LAYERS, checkpoint
+
+import smelt
+from smelt.codegen.gemv import Gemv
+from smelt.ir.capture.hf import capture_hf
+from smelt.ir.cost import cost
+from smelt.ir.encoding import NM, Affine, Bitmap, Dense
+from smelt.ir.interpret import interpret
+from smelt.ir.program import Program
+from smelt.ir.weight import Weight
+from smelt.passes.base import Pass, Samples
+from smelt.passes.cache.insert import Insert
+from smelt.passes.measure import compare, replay
+from smelt.passes.prune.drop import Drop
+from smelt.passes.prune.sparsify import Sparsify
+from smelt.passes.search._budget import Budget
+from smelt.passes.search._evolve import Stage
+from smelt.passes.search._space import Stored
+from smelt.passes.search.spend import Spend
+from smelt.runtime.text import Tokenizer
+from smelt.speed import compiled_runner, race
+from smelt.texts import Text, held_out_text, training_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+WINDOWS = 6  # of held-out text
+SAMPLE, LENGTH = 16, 256  # sequences of a sample of text, and the tokens of each and of a window
+
+STAGES = (Stage(2, 4), Stage(16, 1))  # of searches
+BITS = tuple(Affine(bits, 64) for bits in (2, 3, 4, 8))
+CACHES = (Stored(), *(Stored(Affine(b, 32, "channel", True), Affine(b, 32, "token", True)) for b in (4, 2)))
+
+Rows = dict[str, list[float]]
+
+
+class Model:
+    """The bundled model, the tokens that it is calibrated on, and what it answers on held-out text."""
+
+    @cached_property
+    def program(self) -> Program:
+        """As it is stored."""
+        return capture_hf(smelt.reference_model())
+
+    @cached_property
+    def _tokens(self) -> torch.Tensor:
+        return torch.tensor(Tokenizer(smelt.reference_model()).encode("\n".join(training_texts())))
+
+    @cached_property
+    def _windows(self) -> torch.Tensor:
+        tokens = Tokenizer(smelt.reference_model()).encode(held_out_text())
+        return Text(tokens, int(self.program.facts["vocabulary"]), LENGTH).windows[:WINDOWS]
+
+    @cached_property
+    def _wanted(self) -> torch.Tensor:
+        return self._logits(self.program)
+
+    def sample(self, seed: int) -> Samples:
+        """Sequences from random places of the training text."""
+        starts = torch.randint(len(self._tokens) - LENGTH, (SAMPLE,), generator=torch.Generator().manual_seed(seed))
+        return Samples(torch.stack([self._tokens[at : at + LENGTH] for at in starts.tolist()]))
+
+    def kl(self, steps: Sequence[Pass], samples: Samples) -> float:
+        """How far the model is from itself after some passes, in nats."""
+        program = self.program.fork()
+        for each in steps:
+            each.apply(program, samples)
+        return compare(self._wanted, self._logits(program)).kl
+
+    @torch.no_grad()
+    def _logits(self, program: Program) -> torch.Tensor:
+        given = {"tokens": self._windows, "positions": torch.arange(LENGTH).expand(self._windows.shape)}
+        return interpret(program, {name: given[name] for name in program.inputs})["logits"]
+
+
+def sparsity(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """Half of the weights, anywhere in a row and two of four, by magnitude, Wanda and SparseGPT."""
+    for pattern in ("unstructured", "2:4"):
+        for score in ("magnitude", "wanda", "sparsegpt"):
+            step = Sparsify(pattern=pattern, score=score)  # type: ignore[arg-type]
+            runs = seeds if step.calibration == "text" else 1
+            yield f"{pattern} {score}", [model.kl([step], model.sample(seed)) for seed in range(runs)]
+
+
+def blocks(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """2 and 3 of the 12 attention and feed-forward parts left out, found in four ways; the last one lists all."""
+    for count in (2, 3):
+        steps: dict[str, Pass] = {"influence": Drop(count / 12, unit="block")}
+        for by in ("additive", "evolution", "exhaustive"):
+            steps[by] = Spend(Budget(blocks=count), depth=True, by=by, stages=STAGES)  # type: ignore[arg-type]
+        for name, step in steps.items():
+            yield f"{count} by {name}", [model.kl([step], model.sample(seed)) for seed in range(seeds)]
+
+
+def bits(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """Three bits in groups of 64 everywhere, and as many bits on average."""
+    for solver in ("nearest", "gptq"):
+        for name, levels in (("even", BITS[1:2]), ("evolution", BITS)):
+            step = Spend(Budget(bits=3.25), levels, solver=solver, stages=STAGES)  # type: ignore[arg-type]
+            yield f"{solver} {name}", [model.kl([step], model.sample(seed)) for seed in range(seeds)]
+
+
+def mixture(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """0.4 of the bytes of weights and of a cache of 1024 tokens, by one kind of level or several; read through it."""
+    source = model.program.fork()
+    Insert().apply(source, None)
+    wanted = replay(source, model._windows, LENGTH // 4, LENGTH)
+    weights, cache = {"weights": BITS, "vocabulary": True}, {"cache": CACHES}
+    asked = {"depth": {"depth": True}, "bits": weights, "bits and cache": weights | cache}
+    for name, levels in {**asked, "all": {**weights, **cache, "depth": True}}.items():
+        step, found = Spend(Budget(share=0.4), stages=STAGES, **levels), list[float]()  # type: ignore[arg-type]
+        for seed in range(seeds):
+            program = source.fork()
+            step.apply(program, model.sample(seed))
+            found.append(compare(wanted, replay(program, model._windows, LENGTH // 4, LENGTH)).kl)
+        yield name, found
+
+
+def depth(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """A step of the 430 M shape without a quarter of its layers; for timing, on an idle machine."""
+    folder = Path(tempfile.gettempdir()) / "smelt-llama-430m"
+    checkpoint(folder)
+    out = list(range(1, LAYERS, 4))
+    steps = [{"prune.drop": {"attention": out, "feedforward": out}}, {"cache.insert": {"dtype": "float16"}}]
+    header = {"name": "timed", "family": "prune", "does": "Is timed."}
+    whole, less = (smelt.compile(folder, {**header, "steps": each}) for each in (steps[1:], steps))
+    prompts = [[7 * i % 1000 for i in range(64)]] * seeds
+    timings = race({"whole": compiled_runner(whole), "less": compiled_runner(less)}, prompts, 64, 1)
+    pairs = list(zip(timings["whole"], timings["less"], strict=True))
+    read = [cost(compiled.program).evaluate(S=96).weight_bytes for compiled in (whole, less)]
+    removed = 1 - read[1] / read[0]
+    yield "bytes a step no longer reads", [removed]
+    yield "saved of that", [(1 - b.decode / a.decode) / removed for a, b in pairs]
+
+
+def products(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """Microseconds of a product [4096, 1024] with one row, of the 430 M shape, by how its matrix is stored.
+
+    As many copies as a model has layers take turns, so that none stays in a cache.
+    """
+    shape, x, out = (4096, 1024), torch.randn(1, 1024), torch.empty(1, 4096)
+    w = torch.randn(shape)
+    half = w.masked_fill(w.abs() < w.abs().median(), 0.0)
+    stored = {"half of float16": Weight(shape, *Bitmap().coded(half))}
+    asked = {"float16": Dense("float16"), "2:4 of float16": NM(2, 4), "2:4 of int4": NM(2, 4, Affine(4, 64))}
+    for name, encoding in {**asked, "int4": Affine(4, 128), "int3": Affine(3, 128)}.items():
+        stored[name] = Weight(shape, encoding, encoding.alone(w))
+    copies = {name: [Gemv(held.encoding).bind(held.parts, shape) for _ in range(24)] for name, held in stored.items()}
+    found: dict[str, list[float]] = {name: [] for name in copies}
+    for turn in range(seeds + 1):  # the first builds kernels
+        for name, bound in copies.items():
+            start = time.perf_counter()
+            for each in bound:
+                each(x, out)
+            if turn:
+                found[name].append((time.perf_counter() - start) / len(bound) * 1e6)
+    yield from found.items()
+
+
+PARTS: dict[str, Callable[[Model, int], Iterator[tuple[str, list[float]]]]] = {
+    "sparsity": sparsity,
+    "blocks": blocks,
+    "bits": bits,
+    "mixture": mixture,
+    "depth": depth,
+    "products": products,
+}
+
+
+def main() -> int:
+    """Prints each row as it is there, and writes all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--seeds", type=int, default=4, help="samples of text")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"there is no part '{min(unknown)}'; known: {', '.join(PARTS)}")
+    model, found = Model(), dict[str, Rows]()
+    for part in options.parts or PARTS:
+        found[part] = {}
+        for name, values in PARTS[part](model, options.seeds):
+            found[part][name] = values
+            print(
+                f"{part}: {name:24} {statistics.mean(values):.4g}  {' '.join(f'{v:.4g}' for v in values)}", flush=True
+            )
+    today = datetime.date.today().isoformat()
+    options.results.mkdir(parents=True, exist_ok=True)
+    place = options.results / f"weights-{today}.json"
+    before = json.loads(place.read_text()) if place.exists() else {}
+    place.write_text(json.dumps({**before, **found}, indent=1) + "\n")
+    print(f"written to {place}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
