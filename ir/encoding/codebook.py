@@ -2,7 +2,8 @@
 
 KV Cache is 1 Bit Per Channel: Efficient Large Language Model Inference with Coupled Quantization (2024, arXiv
 2405.03917): a learned codebook for each group of channels. AQLM (2024, arXiv 2401.06118) shares them; HIGGS (2024,
-arXiv 2411.17525) takes the grid that is optimal for a Gaussian, which needs no data, and a norm.
+arXiv 2411.17525) takes the grid that is optimal for a Gaussian, which needs no data, and a norm; JLCM (2023, arXiv
+2309.17361) clusters the rows of a matrix and gives each cluster a table of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from ..errors import SmeltError, nearest
 from . import clusters, packing
 from .base import Encoding, Parts, checked, stored_as, table
-from .expr import Bin, Cast, Const, Expr, Index, Take, k, n, number
+from .expr import Bin, Cast, Const, Expr, Index, Load, Take, k, n, number
 
 KINDS = ("learned", "gaussian")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 10)
+FEATURES = 32  # sorted values of a row by which rows are clustered
 ANY = (1 << 31) - 1  # entries of a table whose number follows from a width that is not known
 
 
@@ -29,10 +31,11 @@ class Codebook(Encoding):
 
     `kind="learned"`: by k-means over samples (`fit`, weighted), one codebook for each group of channels, or one for all
     if `shared`. `kind="gaussian"`: the grid with the least error on N(0, I), the same everywhere. With `norm` a row is
-    divided by its root mean square first.
+    divided by its root mean square first. With `banks` each row takes the best of so many shared codebooks.
 
     Parts: codes of each row, packed neighbour by neighbour: `codes` uint8, and `high` for 3, 5, 6, 9 and 10 bits; with
-    `norm` also `scale` float16 `[..., N, 1]`. Table: `book` float16 `[K / dims or 1, 2^bits, dims]`.
+    `norm` also `scale` float16 `[..., N, 1]`, with several banks `bank` uint8 `[..., N, 1]`. Table: `book` float16
+    `[K / dims or banks, 2^bits, dims]`.
     """
 
     name: ClassVar[str] = "codebook"
@@ -41,6 +44,7 @@ class Codebook(Encoding):
     kind: str = "learned"
     shared: bool = False
     norm: bool = False
+    banks: int = 1
 
     def __post_init__(self) -> None:
         if type(self.dims) is not int or self.dims < 1:
@@ -56,6 +60,12 @@ class Codebook(Encoding):
         for option in ("shared", "norm"):
             if type(getattr(self, option)) is not bool:
                 raise SmeltError(f"codebook: {option} must be true or false, not {getattr(self, option)!r}")
+        if type(self.banks) is not int or not 1 <= self.banks <= 256:
+            raise SmeltError(f"codebook: banks is a number of tables from 1 to 256, not {self.banks!r}")
+        if self.banks > 1 and not (self.shared and self.calibrated):
+            raise SmeltError(
+                "codebook: banks are learned tables that a whole row takes: say kind: learned, shared: true"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -70,6 +80,8 @@ class Codebook(Encoding):
         lead, groups = x.shape[:-2], x.shape[-1] // self.dims
         vectors = x.unflatten(-1, (groups, self.dims)).movedim(-2, -3).reshape(-1, groups, x.shape[-2], self.dims)
         mass = self._mass(weight, x, groups)
+        if self.banks > 1:
+            return {"book": self._banked(x, vectors, mass).reshape(*lead, self.banks, 2**self.bits, self.dims)}
         if self.shared:
             vectors = vectors.reshape(-1, 1, groups * x.shape[-2], self.dims)
             mass = mass.reshape(-1, 1, groups * x.shape[-2]) if mass is not None else None
@@ -88,6 +100,10 @@ class Codebook(Encoding):
         groups, lead = x.shape[-1] // self.dims, x.shape[:-2]
         book = self._book(tables, len(lead), x.device)
         vectors = x.unflatten(-1, (groups, self.dims)).movedim(-2, -3)  # [..., groups, N, dims]
+        if self.banks > 1:
+            codes, bank = self._chosen(vectors, book)
+            parts = {**packing.pack(codes.int().contiguous(), self.bits, lanes=1), "bank": bank}
+            return parts if scale is None else {**parts, "scale": scale}
         book = book.expand(*lead, groups, *book.shape[-2:]).reshape(-1, 2**self.bits, self.dims)
         found = [
             clusters.assigned(v, b)[0] for v, b in zip(vectors.reshape(-1, x.shape[-2], self.dims), book, strict=True)
@@ -101,22 +117,25 @@ class Codebook(Encoding):
         groups = shape[-1] // self.dims
         codes = packing.unpack(parts, self.bits, groups, lanes=1).long().movedim(-1, -2)  # [..., groups, N]
         book = self._book(parts, len(shape) - 2, codes.device)
+        if self.banks > 1:
+            codes = codes + parts["bank"].long().movedim(-1, -2) * 2**self.bits
+            book = book.flatten(-3, -2).unsqueeze(-3)
         book = book.expand(*shape[:-2], groups, *book.shape[-2:])
         held = book.gather(-2, codes[..., None].expand(*codes.shape, self.dims))
         held = held.movedim(-3, -2).reshape(shape)
         return (held * parts["scale"].float() if self.norm else held).to(dtype)
 
     def stored_bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
-        """Codes and norms."""
-        rows = sympy.prod(shape[:-1])
-        return sympy.expand(rows * sympy.sympify(shape[-1]) / self.dims * self.bits + (16 * rows if self.norm else 0))
+        """Codes, norms and the numbers of banks."""
+        rows, aside = sympy.prod(shape[:-1]), 16 * self.norm + 8 * (self.banks > 1)
+        return sympy.expand(rows * sympy.sympify(shape[-1]) / self.dims * self.bits + aside * rows)
 
     def table_bits(self, shape: tuple[Any, ...]) -> sympy.Expr:
         """The codebooks of each leading entry; the Gaussian grid once."""
         one = 16 * 2**self.bits * self.dims
         if not self.calibrated:
             return sympy.Integer(one)
-        books = 1 if self.shared else sympy.sympify(shape[-1]) / self.dims
+        books = self.banks if self.shared else sympy.sympify(shape[-1]) / self.dims
         return sympy.expand(sympy.prod(shape[:-2]) * books * one)
 
     def expr(self, shape: tuple[Any, ...]) -> Expr:
@@ -127,9 +146,11 @@ class Codebook(Encoding):
         if self.dims > 1:
             at = Bin("mul", at, Const(self.dims, "int32"))
         first = sympy.Mod(k, self.dims) if self.dims > 1 else sympy.Integer(0)
-        books: Any = 1 if self._one else columns / self.dims
+        books: Any = self.banks if self._one else columns / self.dims
         if not self._one:
             first += entries * group
+        if self.banks > 1:
+            at = Bin("add", at, Bin("mul", Cast("int32", Load("bank", n, "uint8")), Const(entries, "int32")))
         if first != 0:
             at = Bin("add", at, Index(first))
         size = int(books * entries) if sympy.sympify(books).is_number else ANY
@@ -158,6 +179,32 @@ class Codebook(Encoding):
         if not self.calibrated and (tables is None or "book" not in tables):
             return self._grid(device).float()
         return table(self, tables, "book", 3, lead)
+
+    def _banked(self, x: torch.Tensor, vectors: torch.Tensor, mass: torch.Tensor | None) -> torch.Tensor:
+        """The codebooks [leading entries * banks, 2^bits, dims] of rows that are clustered by their sorted values."""
+        found = []
+        at = ((torch.arange(FEATURES, device=x.device) + 0.5) / FEATURES * x.shape[-1]).long()
+        for i, rows in enumerate(x.reshape(-1, *x.shape[-2:])):
+            shapes = rows.sort(-1).values[:, at]
+            bank, _ = clusters.assigned(shapes, clusters.fitted(shapes, None, self.banks))
+            for b in range(self.banks):
+                mine = bank == b if bool((bank == b).any()) else torch.ones_like(bank, dtype=torch.bool)
+                held = None if mass is None else mass[i][:, mine].flatten()
+                found.append(clusters.fitted(vectors[i][:, mine].flatten(0, 1), held, 2**self.bits))
+        return stored_as(self, torch.stack(found), "centre", "float16")
+
+    def _chosen(self, vectors: torch.Tensor, book: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes [..., N, groups] of vectors [..., groups, N, dims], and the best of the banks [..., N, 1]."""
+        lead, (groups, rows) = vectors.shape[:-3], vectors.shape[-3:-1]
+        books = book.expand(*lead, *book.shape[-3:]).reshape(-1, *book.shape[-3:])
+        codes, banks = [], []
+        for each, held in zip(vectors.reshape(-1, groups * rows, self.dims), books, strict=True):
+            tried = [clusters.assigned(each, one) for one in held]
+            bank = torch.stack([error.reshape(groups, rows).sum(0) for _, error in tried]).argmin(0)
+            numbers = torch.stack([found.reshape(groups, rows) for found, _ in tried])
+            codes.append(numbers.gather(0, bank.expand(1, groups, rows))[0].mT)
+            banks.append(bank.to(torch.uint8)[:, None])
+        return torch.stack(codes).reshape(*lead, rows, groups), torch.stack(banks).reshape(*lead, rows, 1)
 
     def _normed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self.norm:

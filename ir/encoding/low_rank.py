@@ -64,10 +64,32 @@ class LowRank(Encoding):
         if self.factors is None:
             right = basis.mT.half().contiguous()
             return {"left": stored_as(self, x @ right.float().mT, "left", "float16"), "right": right}
-        made = self.factors.encode(basis.mT.contiguous())
-        right = self.factors.decode(made, (*x.shape[:-2], self.rank, x.shape[-1]))
-        left = torch.linalg.solve(right @ right.mT, right @ x.mT)  # the least squares for the rows that are stored
-        return {**_named("left_", self.factors.encode(left)), **_named("right_", made)}
+        return self.onto(x, basis.mT.contiguous())
+
+    def onto(
+        self, x: torch.Tensor, right: torch.Tensor, moments: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The parts for directions [..., rank, K]: rows of x by least squares on the directions as they are stored.
+
+        moments: of what the rows are multiplied with, float64 [K, K], where it is the error of products that counts.
+        """
+        if self.factors is None:
+            made = {"right": stored_as(self, right, "right", "float16").contiguous()}
+            held = made["right"].float()
+        else:
+            made = self.factors.encode(right)
+            held = self.factors.decode(made, (*x.shape[:-2], self.rank, x.shape[-1]))
+            made = _named("right_", made)
+        if moments is None:
+            left = torch.linalg.solve(held @ held.mT, held @ x.mT)
+        else:
+            weighed = held.double() @ moments
+            gram = weighed @ held.mT.double()
+            gram.diagonal().add_(1e-6 * gram.diagonal().amax() + 1e-30)
+            left = torch.linalg.solve(gram, weighed @ x.mT.double()).float()
+        if self.factors is None:
+            return {"left": stored_as(self, left.mT, "left", "float16").contiguous(), **made}
+        return {**_named("left_", self.factors.encode(left)), **made}
 
     def decode(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The product in float32, then `dtype`."""
