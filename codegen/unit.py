@@ -19,7 +19,7 @@ import torch
 
 from .build import build
 from .compiler import Compiler, find, flags
-from .printers.cpp import PRELUDE
+from .printers.prelude import PRELUDE
 from .team import HEADER, team
 
 SMALL = 1 << 14  # numbers read and written by a call that one rank does while the others wait: some 3 us

@@ -1,7 +1,8 @@
-"""The files beside the weights that an artefact carries: the tokenizer and what it needs."""
+"""The files beside the weights that an artefact carries: the tokenizer's, and the model's own configuration."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from .ir.errors import SmeltError
 
+CONFIG = "config.json"  # what an export to transformers continues
 NAMES = (
+    CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -63,6 +66,8 @@ def _converted(folder: Path) -> Assets:
 
         keep = tempfile.TemporaryDirectory(prefix="smelt-tokenizer-")
         AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(keep.name)
+        if (folder / CONFIG).is_file():
+            shutil.copy(folder / CONFIG, keep.name)
     except Exception as fault:  # transformers raises every kind for a tokenizer that it cannot convert
         first = next(iter(str(fault).splitlines()), type(fault).__name__)
         raise SmeltError(

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any, overload
 
 import torch
 
-from .assets import NAMES, Assets
+from .assets import CONFIG, NAMES, Assets
 from .codegen.lower import lower
 from .codegen.plan import Plan, Target
+from .completion import Completion, Generation
 from .export import Export, Progress, export_onnx
+from .export_hf import HFExport, export_hf
 from .inputs import check_inputs
 from .ir.cache.saved import put_back
 from .ir.errors import SmeltError
@@ -40,46 +42,6 @@ from .runtime.writer import Writer
 
 ROUND = 256  # tokens in which a session's context is counted, so that the next call may take it over
 KEPT = 8  # shapes of inputs whose buffers `run` keeps
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One row's result: new tokens, their text (None without a tokenizer), and why it ended.
-
-    `reason`: eos, length, stop, or grammar where a constraint allows nothing more.
-    `log_weight`: with constrain="reject" and a temperature, the log of an unbiased estimate of what share of the
-    model's law the grammar left along the row.
-    `others`: token ids of further answers, best first, where a search found several.
-
-    A stop string is not part of the text; the token that completed it is one of the tokens.
-    """
-
-    tokens: list[int]
-    text: str | None
-    reason: str
-    log_weight: float | None = None
-    others: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """All rows of one call, with what it took: model steps after the prompt, tokens they gave, seconds of each part."""
-
-    rows: list[Completion]
-    steps: int
-    step_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Committed tokens per model step, the first token of each row (the prompt's) not counted."""
-        return self.step_tokens / self.steps if self.steps else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoded tokens per second after the prompt."""
-        return self.step_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 class Compiled:
@@ -298,6 +260,18 @@ class Compiled:
             assets=self.assets.files, facts=facts, check=check, progress=progress, **options,
         )  # fmt: skip
 
+    def export_hf(self, folder: str | Path, *, check: bool = True, allow_decoded: bool = False) -> HFExport:
+        """Write a folder that transformers and vLLM load, matrices in the layout of compressed-tensors.
+
+        Weights alone go there: what was left out, such as the cache's plan, is among the notes of what comes back. The
+        folder appears whole or not at all. check: transformers' model must compute the same with these weights.
+        allow_decoded: an encoding that the layout cannot say is written dense instead of refused.
+        """
+        facts = {key: value for key, value in self.facts.items() if key != "report"}
+        return export_hf(
+            self.program, folder, assets=self.assets.files, facts=facts, check=check, allow_decoded=allow_decoded
+        )
+
     def _start(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> tuple[Writer, list[Stream], float]:
         """A decoding ready to run, one text stream a row where there is a tokenizer, and the time of the call."""
         start, program = time.perf_counter(), self.program
@@ -385,7 +359,7 @@ def load(folder: str | Path, target: Target = "cpp") -> Compiled:
     program, manifest = artefact.load(folder)
     files = {name: (folder / name).read_bytes() for name in NAMES if name in manifest["files"]}
     facts = {key: value for key, value in manifest.items() if key not in ("format", "weights", "draft", "files")}
-    return Compiled(program, facts, Assets(folder if files else None, files), target)
+    return Compiled(program, facts, Assets(folder if files.keys() - {CONFIG} else None, files), target)
 
 
 def _push(decoding: Writer, streams: list[Stream], number: int, tokens: list[int]) -> str:

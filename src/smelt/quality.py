@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from .codegen.plan import Plan
+from .completion import Generation
 from .ir.decode import Walk
 from .ir.errors import SmeltError, nearest
-from .model import Compiled, Generation
+from .model import Compiled
 from .passes.measure import Divergence, compare, perplexity
 from .request import Speculate
 from .runtime.session import Session

@@ -9,6 +9,7 @@ import torch
 from smelt.codegen.attention_loaders import row
 from smelt.codegen.build import build
 from smelt.codegen.printers import cpp
+from smelt.codegen.printers.prelude import PRELUDE
 from smelt.ir.encoding import Affine, Encoding, Rotated, Sparse
 from smelt.ir.encoding.expr import Expr, stored
 
@@ -58,7 +59,7 @@ def call(library: ctypes.CDLL, name: str, expr: Expr, parts: dict[str, torch.Ten
 def library(_cache: None) -> ctypes.CDLL:
     """All of them in one library: a compiler takes seconds to start."""
     texts = [printed(word(name), encoding.expr((ROWS, COLUMNS))) for name, encoding in PRINTED.items()]
-    return build("\n".join([cpp.PRELUDE, *texts]), "encodings")
+    return build("\n".join([PRELUDE, *texts]), "encodings")
 
 
 @pytest.mark.parametrize("how", ["scalar", "vector"])
@@ -85,7 +86,7 @@ def test_a_wrong_text_is_seen(encoding: Encoding, right: str, wrong: str) -> Non
     expr = encoding.expr((ROWS, COLUMNS))
     text = printed("mutant", expr)
     assert right in text
-    library = build(cpp.PRELUDE + text.replace(right, wrong), "mutant")
+    library = build(PRELUDE + text.replace(right, wrong), "mutant")
     parts, decoded = held(encoding)
     for how in ("scalar", "vector"):
         assert (call(library, f"mutant_{how}", expr, parts) - decoded).abs().max() > 0.1

@@ -12,6 +12,7 @@ from smelt.codegen.build import build
 from smelt.codegen.hoist import folded
 from smelt.codegen.printers import cpp, triton
 from smelt.codegen.printers import torch as reference
+from smelt.codegen.printers.prelude import PRELUDE
 from smelt.ir.encoding import Affine, Dense, Encoding
 from smelt.ir.encoding.expr import Const, Expr, Index, Load, k, loads, n, substitute
 
@@ -69,7 +70,7 @@ def run(source: str, parts: dict[str, torch.Tensor], stored: list[str]) -> torch
 def decoder(expr: Expr, body: str) -> tuple[str, list[str]]:
     stored = {load.part: load.dtype for load in loads(expr)}
     arguments = ", ".join(f"const {cpp.CTYPES[dtype]}* {part}" for part, dtype in stored.items())
-    text = f'{cpp.PRELUDE}\nextern "C" void decode({arguments}, float* out) {{\n  const int64_t K = {COLUMNS};\n'
+    text = f'{PRELUDE}\nextern "C" void decode({arguments}, float* out) {{\n  const int64_t K = {COLUMNS};\n'
     return f"{text}  for (int64_t n = 0; n < {ROWS}; n++) {{\n{body}  }}\n}}\n", list(stored)
 
 
