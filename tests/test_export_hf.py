@@ -33,7 +33,7 @@ def compiled(*steps: dict[str, Any]) -> smelt.Compiled:
 
 @pytest.fixture(scope="module")
 def mixed() -> smelt.Compiled:
-    """4 bits a row or in groups of 32 and, in one of three products of an input, 16; table and untied head of 8 bits."""
+    """4 bits a row or in groups of 32 and, in one of three products of an input, 16; an untied head of 8 bits."""
     made = compiled({"weights.untie": {}}, {"weights.quantize": CODES})
     weights, layer = made.program.weights, "model.layers.{}.weight"
     lone, fine = layer.format("1.mlp.down_proj"), layer.format("0.self_attn.k_proj")

@@ -12,6 +12,7 @@ from ...ir.program import Program
 from ...ir.weight import Weight
 
 ROOM = 2 << 30  # bytes, of decoded weights and of what is kept each; what goes beyond is computed each time
+AT_ONCE = 4  # windows that are measured together
 
 Outputs = dict[str, torch.Tensor]
 
@@ -36,6 +37,15 @@ class Frozen:
         """Each of them, [n, L, …], for windows int64 [n]."""
         rows = [self._window(number) for number in windows.tolist()]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def mean(self, loss: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        """The mean of a loss over all windows, some at a time."""
+        return sum(float(loss(part)) * len(part) for part in self.parts()) / len(self)
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The numbers of all windows, int64, some at a time."""
+        found: tuple[torch.Tensor, ...] = torch.arange(len(self)).split(AT_ONCE)
+        return found
 
     @torch.no_grad()
     def _window(self, number: int) -> Outputs:

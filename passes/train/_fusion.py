@@ -20,7 +20,6 @@ from ._head import Head, cut, law
 from ._split import trunk
 
 FITTED = 64  # windows that the start is fitted on
-AT_ONCE = 4  # windows that are measured together
 RIDGE = 1e-2  # of the inputs' mean square
 
 
@@ -89,14 +88,13 @@ class Fusion:
     @torch.no_grad()
     def check(self) -> float:
         """The same on the windows that are held out."""
-        parts = torch.arange(len(self.held)).split(AT_ONCE)
-        return sum(float(self._loss(self.held, part)) * len(part) for part in parts) / len(self.held)
+        return self.held.mean(lambda part: self._loss(self.held, part))
 
     @torch.no_grad()
     def hits(self, width: int) -> list[list[float]]:
         """[J][width]: how often rank r of head j is what the model holds for likeliest, on the held-out windows."""
         found, places = torch.zeros(self.heads, width, dtype=torch.float64), torch.zeros(self.heads, 1)
-        for part in torch.arange(len(self.held)).split(AT_ONCE):
+        for part in self.held.parts():
             for j, (state, known) in enumerate(self._guesses(self.held, part)):
                 right = self.head.logits(state).topk(width, -1).indices == known["likely"][..., :1]
                 found[j] += right.double().sum((0, 1))

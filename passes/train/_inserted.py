@@ -17,7 +17,6 @@ from ._frozen import ROOM, Frozen, Outputs
 from ._head import Head, cut, law
 from ._split import trunk
 
-AT_ONCE = 4  # windows that are measured together
 PLACES = 16  # of a held-out window, evenly spread
 
 
@@ -110,16 +109,13 @@ class Inserted:
     @torch.no_grad()
     def check(self) -> float:
         """The same at places of the windows that are held out."""
-        total = 0.0
-        for part in torch.arange(len(self.held)).split(AT_ONCE):
-            total += float(self._loss(self.held, part, self._spread(part))) * len(part)
-        return total / len(self.held)
+        return self.held.mean(lambda part: self._loss(self.held, part, self._spread(part)))
 
     @torch.no_grad()
     def hits(self, width: int) -> tuple[tuple[float, ...], ...]:
         """[m][width]: how often rank r of the j-th prompt token is what the model holds for likeliest there."""
         found, count = torch.zeros(self.prompts, width, dtype=torch.float64), 0
-        for part in torch.arange(len(self.held)).split(AT_ONCE):
+        for part in self.held.parts():
             places = self._spread(part)
             guesses = self.head.logits(self.states(self.held, part, places)).topk(width, -1).indices
             wanted, _ = self._laws(self.held, part, places)

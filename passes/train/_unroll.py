@@ -21,7 +21,6 @@ from ._head import Head, cut, law
 from ._split import trunk
 
 FITTED = 64  # windows that the projection is fitted on
-AT_ONCE = 4  # windows that are measured together
 
 
 @dataclass
@@ -107,8 +106,7 @@ class Unroll:
     @torch.no_grad()
     def check(self) -> float:
         """The same on the windows that are held out."""
-        parts = torch.arange(len(self.held)).split(AT_ONCE)
-        return sum(float(self._loss(self.held, part)) * len(part) for part in parts) / len(self.held)
+        return self.held.mean(lambda part: self._loss(self.held, part))
 
     @torch.no_grad()
     def hits(self, rounds: int, width: int) -> list[list[float]]:
@@ -118,7 +116,7 @@ class Unroll:
         """
         found = torch.zeros(rounds, width, dtype=torch.float64)
         places = torch.zeros(rounds, 1)
-        for part in torch.arange(len(self.held)).split(AT_ONCE):
+        for part in self.held.parts():
             wanted = self.head.logits(self.held.at(part)["state"][:, 1:]).argmax(-1)
             own = wanted[:, :-1] == self.held.tokens[part][:, 2:]
             for n, (state, _) in enumerate(self._rounds(self.held, part, rounds)):

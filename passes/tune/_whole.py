@@ -18,7 +18,6 @@ from ..train._split import end, trunk
 from ._learned import Learned
 
 LIKELY = 64  # tokens of the teacher's law that count; what is left of it is left out
-AT_ONCE = 4  # windows that are measured together
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ class Whole:
     @torch.no_grad()
     def check(self) -> float:
         """The same on the windows that are held out."""
-        parts = torch.arange(len(self.held)).split(AT_ONCE)
-        return sum(float(self._loss(self.held, part)) * len(part) for part in parts) / len(self.held)
+        return self.held.mean(lambda part: self._loss(self.held, part))
 
     def _loss(self, text: Frozen, windows: torch.Tensor) -> torch.Tensor:
         tokens, said = text.tokens[windows], text.at(windows)

@@ -10,12 +10,12 @@ from ...ir.encoding import Codebook as Encoded
 from ...ir.encoding import Encoding, Sum
 from ...ir.errors import SmeltError
 from ._books import solve
-from ._coded import Coded
+from ._coded import Fitted
 from ._gptq import Solved
 
 
 @dataclass(frozen=True)
-class Codebook(Coded):
+class Codebook(Fitted):
     """Stores matrices as codes of neighbouring weights, the entries of learned tables, times a scale a row.
 
     Codes, tables and scales are fitted in turn to what the products lose on sample text: codes by beam search (AQLM,
@@ -27,9 +27,6 @@ class Codebook(Coded):
     books: tables whose entries are added up, each with a code of its own.
     banks: sets of tables, of which each row takes one; 8 bits a row.
     norm: whether rows have scales, one for each book.
-    rounds: how often codes, tables and scales are fitted in turn, at most.
-    damp: as of weights.gptq.
-    head: as of weights.gptq; 8 bits have one scale for 64 weights.
 
     Deviations: AQLM trains the tables on the output of whole blocks, tune.recover does on the output of the model; it
     has one scale a row for all books. JLCM reorders rows by their distribution and trains codes by gradients that

@@ -10,12 +10,12 @@ import torch
 from ...ir.encoding import Affine, Encoding, LowRank, Sum
 from ...ir.errors import SmeltError
 from ._books import shared
-from ._coded import Coded, coded
+from ._coded import Fitted, coded
 from ._gptq import Solved, inverse_factor, lost
 
 
 @dataclass(frozen=True)
-class Factor(Coded):
+class Factor(Fitted):
     """Stores matrices as `base` and a product of low rank, fitted in turn to what products lose on sample text.
 
     The product is the best of its rank for what the base misses, weighed by the second moments of the inputs; the base
@@ -27,9 +27,6 @@ class Factor(Coded):
     rank: of the product, at most.
     energy: share of the weighed square error of the base for which the least rank is taken; 1 takes `rank`.
     loops: how often base and product are fitted in turn; the best is kept.
-    rounds: of a codebook as base, as of weights.codebook.
-    damp: as of weights.gptq.
-    head: as of weights.gptq; 8 bits have one scale for 64 weights.
     """
 
     base: Encoding = Affine(3, 128)  # noqa: RUF009  # a value, not a call that may change
