@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from smelt.codegen.gemv import Gemv
 from smelt.ir.capture.hf import capture_hf
 from smelt.ir.cost import cost
 from smelt.ir.encoding import NM, Affine, Bitmap, Dense
+from smelt.ir.encoding.tiered import Tiered
 from smelt.ir.interpret import interpret
 from smelt.ir.program import Program
 from smelt.ir.weight import Weight
@@ -41,6 +43,11 @@ from smelt.passes.search._budget import Budget
 from smelt.passes.search._evolve import Stage
 from smelt.passes.search._space import Stored
 from smelt.passes.search.spend import Spend
+from smelt.passes.weights.fold import Fold
+from smelt.passes.weights.gptq import Gptq
+from smelt.passes.weights.quantize import Quantize
+from smelt.passes.weights.rotate import Rotate
+from smelt.passes.weights.untie import Untie
 from smelt.runtime.text import Tokenizer
 from smelt.speed import compiled_runner, race
 from smelt.texts import Text, held_out_text, training_texts
@@ -104,6 +111,21 @@ def sparsity(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
             yield f"{pattern} {score}", [model.kl([step], model.sample(seed)) for seed in range(runs)]
 
 
+def integers(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """Integers with one scale a row: rounded to nearest, in clipped ranges, by GPTQ, turned before that, and RSQ."""
+    turned = [Untie(), Fold(), Rotate(which=("residual", "values"))]
+    samples = [model.sample(seed) for seed in range(seeds)]
+    for bits in (4, 3):
+        plain = Quantize(bits=bits, group=0, head="keep")
+        yield f"{bits} bits, nearest", [model.kl([plain], samples[0])]
+        yield f"{bits} bits, clipped", [model.kl([replace(plain, range="mse")], samples[0])]
+        gptq = Gptq(bits=bits, group=0, head="keep")
+        ways: dict[str, list[Pass]] = {"gptq": [gptq], "gptq, turned": [*turned, gptq]}
+        ways["rsq"] = [*turned, replace(gptq, tokens="attended")]
+        for name, steps in ways.items():
+            yield f"{bits} bits, {name}", [model.kl(steps, sample) for sample in samples]
+
+
 def blocks(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
     """2 and 3 of the 12 attention and feed-forward parts left out, found in four ways; the last one lists all."""
     for count in (2, 3):
@@ -163,9 +185,13 @@ def products(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
     shape, x, out = (4096, 1024), torch.randn(1, 1024), torch.empty(1, 4096)
     w = torch.randn(shape)
     half = w.masked_fill(w.abs() < w.abs().median(), 0.0)
-    stored = {"half of float16": Weight(shape, *Bitmap().coded(half))}
-    asked = {"float16": Dense("float16"), "2:4 of float16": NM(2, 4), "2:4 of int4": NM(2, 4, Affine(4, 64))}
-    for name, encoding in {**asked, "int4": Affine(4, 128), "int3": Affine(3, 128)}.items():
+    stored = {
+        "half of float16": Weight(shape, *Bitmap().coded(half)),
+        "dfloat11": Weight(shape, *Tiered.coded(w.bfloat16())),
+    }
+    asked = {"float16": Dense("float16"), "bfloat16": Dense("bfloat16"), "2:4 of float16": NM(2, 4)}
+    asked |= {f"int{bits}": Affine(bits, 128) for bits in (8, 4, 3, 2)}
+    for name, encoding in {**asked, "2:4 of int4": NM(2, 4, Affine(4, 64))}.items():
         stored[name] = Weight(shape, encoding, encoding.alone(w))
     copies = {name: [Gemv(held.encoding).bind(held.parts, shape) for _ in range(24)] for name, held in stored.items()}
     found: dict[str, list[float]] = {name: [] for name in copies}
@@ -180,6 +206,7 @@ def products(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
 
 
 PARTS: dict[str, Callable[[Model, int], Iterator[tuple[str, list[float]]]]] = {
+    "integers": integers,
     "sparsity": sparsity,
     "blocks": blocks,
     "bits": bits,
