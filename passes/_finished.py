@@ -36,9 +36,11 @@ class Finished:
         place = samples.checkpoints
         if place is None:
             return cls(None)
-        found = hashlib.sha256(samples.tokens.contiguous().numpy().tobytes())
+        found = hashlib.sha256()
+        for name, value in samples.inputs.items():
+            found.update(f"{name} {list(value.shape)}\n".encode() + value.contiguous().numpy().tobytes())
         model = print_program(Program("", program.graph, program.weights))  # no plans, no history
-        for part in (model, type(options).__module__, asdict(options), list(samples.tokens.shape), place.key):
+        for part in (model, type(options).__module__, asdict(options), place.key):
             found.update(f"{part}\n".encode())
         return cls(place.folder / found.hexdigest()[:32], asked=place.key is None)
 

@@ -1,8 +1,8 @@
-"""Calibration text on its way through a model: what reaches a node, with the nodes before it as they are by then."""
+"""Samples on their way through a model: what reaches a node, with the nodes before it as they are by then."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,29 +14,30 @@ from ..ir.interpret import call
 from ..ir.program import Program
 from .base import Samples
 
-TOKENS = 4096  # of one piece of text
+TOKENS, ROWS = 4096, 32  # of one piece of text, and of other samples
 
 Values = dict[fx.Node, Any]
 
 
 class Walk:
-    """Runs a program over sample texts up to nodes that are asked for in graph order, while a pass edits what follows.
+    """Runs a program over samples up to nodes that are asked for in graph order, while a pass edits what follows.
 
     A weight may change until a node behind its residual block is asked for: blocks are run once more when they are
     left, so that those behind see what is left of those before. Only what goes from one block to the next is held, for
-    all of the text.
+    all of the samples.
     """
 
     def __init__(self, program: Program, samples: Samples) -> None:
         self.program = program
-        length = samples.tokens.shape[1]
-        pieces = samples.tokens.split(max(1, TOKENS // length))
-        self._held = [self._given(tokens) for tokens in pieces]
+        tokens = samples.inputs.get("tokens")
+        rows = ROWS if tokens is None else max(1, TOKENS // tokens.shape[1])
+        pieces = (samples.rows(slice(at, at + rows)) for at in range(0, len(samples), rows))
+        self._held = [self._given(piece.inputs) for piece in pieces]
         self._last: fx.Node | None = None  # everything up to it has been run for good
 
     @torch.no_grad()
     def values(self, *nodes: fx.Node) -> Iterator[tuple[Any, ...]]:
-        """The values of nodes of one block [B, T, …], for one piece of the text after the other.
+        """The values of nodes of one block [B, T, …], for one piece of the samples after the other.
 
         Raises SmeltError for numbers that are not finite, and ValueError for a node that was passed by.
         """
@@ -51,14 +52,16 @@ class Walk:
             found = tuple(values[node] for node in nodes)
             for node, value in zip(nodes, found, strict=True):
                 if value.is_floating_point() and not bool(value.isfinite().all()):
-                    raise SmeltError(f"{node.name}: the calibration text gives activations that are not finite")
+                    raise SmeltError(f"{node.name}: the samples give activations that are not finite")
             yield found
 
-    def _given(self, tokens: torch.Tensor) -> Values:
-        """The inputs for texts int64 [B, T]."""
-        told = self.program.facts.get("inputs") or {}
-        known = {"tokens": tokens, "positions": torch.arange(tokens.shape[1]).expand(tokens.shape)}
-        known["mask"] = torch.ones_like(tokens)
+    def _given(self, inputs: Mapping[str, torch.Tensor]) -> Values:
+        """The inputs for some samples; of texts int64 [B, T] there follow others."""
+        told, known = self.program.facts.get("inputs") or {}, dict(inputs)
+        if (tokens := inputs.get("tokens")) is not None:
+            known["positions"] = torch.arange(tokens.shape[1]).expand(tokens.shape)
+            known["mask"] = torch.ones_like(tokens)
+            known |= inputs
         given: Values = {}
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
@@ -66,11 +69,11 @@ class Walk:
             name = str(node.target)
             if name in known:
                 given[node] = known[name]
-            elif told.get(name, {}).get("optional"):
+            elif tokens is not None and told.get(name, {}).get("optional"):
                 kind = getattr(torch, told[name]["dtype"])
                 given[node] = torch.zeros(*tokens.shape, *told[name]["shape"][2:], dtype=kind)
             else:
-                raise SmeltError(f"{self.program.name} reads '{name}', which calibration texts do not give")
+                raise SmeltError(f"{self.program.name} reads '{name}', which the samples do not give")
         return given
 
     def _behind(self) -> list[fx.Node]:

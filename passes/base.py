@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..ir.errors import SmeltError
 from ..ir.program import Program
 
-Calibration = Literal["none", "text"]
+Calibration = Literal["none", "inputs", "text"]  # of `inputs`, texts are one kind
 Clock = Callable[[Program, int], float]  # milliseconds of one decode step of a program, behind so many tokens
 Effect = Literal["numerics", "shapes", "encodings", "cache", "decode", "choice", "outputs"]
 
@@ -36,18 +37,46 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Samples:
-    """Calibration data as tokens int64 [N, T]; `progress(done, total, what)` is called by long passes.
+    """Calibration data; `progress(done, total, what)` is called by long passes.
 
+    given: tokens int64 [N, T] of texts, or values of a program's inputs by name, [N, …] each.
     training: tokens to train on, [N, T] as well. checkpoints: where trainings can be taken up again; None: nowhere.
     source: the program that the recipe began with. clock: times what a program compiles to; None: nothing does.
     """
 
-    tokens: torch.Tensor
+    given: torch.Tensor | Mapping[str, torch.Tensor]
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
     training: torch.Tensor | None = None
     checkpoints: Checkpoints | None = None
     source: Program | None = None
     clock: Clock | None = None
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(next(iter(self.inputs.values())))
+
+    @property
+    def inputs(self) -> Mapping[str, torch.Tensor]:
+        """By the names of a program's inputs; texts are `tokens`."""
+        return {"tokens": self.given} if isinstance(self.given, torch.Tensor) else self.given
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Texts, int64 [N, T]; SmeltError where the samples are none."""
+        if "tokens" not in self.inputs:
+            raise SmeltError(f"reads sample texts, but the samples are {', '.join(self.inputs)}")
+        return self.inputs["tokens"]
+
+    @property
+    def amount(self) -> dict[str, int]:
+        """How much there is, for a pass's notes."""
+        return {"tokens": self.tokens.numel()} if "tokens" in self.inputs else {"samples": len(self)}
+
+    def rows(self, part: slice) -> Samples:
+        """Some of the rows."""
+        if isinstance(self.given, torch.Tensor):
+            return replace(self, given=self.given[part])
+        return replace(self, given={name: value[part] for name, value in self.given.items()})
 
     @property
     def lessons(self) -> torch.Tensor:

@@ -148,8 +148,8 @@ def _sites(
     swaps = sorted(_swaps(before, after), key=lambda swap: -swap[1])
     if not swaps:
         return (), f"{step.name} changes no weight and no cache site"
-    tokens = None if samples is None else held_out(samples)[1]
-    asked = probe(before, tokens, reach(after.cache))
+    unseen = None if samples is None else held_out(samples)[1].inputs
+    asked = probe(before, unseen, reach(after.cache))
     reference = observe(before, asked)
     damages = []
     for done, (site, _, swapped) in enumerate(swaps[:SITES]):

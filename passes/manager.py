@@ -100,7 +100,7 @@ class _Run:
         self.samples, unseen = samples, None
         if samples is not None:
             self.samples, unseen = held_out(samples)
-        self.witness = Witness(program, unseen)
+        self.witness = Witness(program, unseen.inputs if unseen else None)
 
     @property
     def report(self) -> Report:
@@ -142,7 +142,7 @@ class _Run:
         step, samples = attempt.step, self.samples
         if samples is None:
             if step.pass_.calibration != "none":
-                raise SmeltError("calibrates on sample texts, and there are none: give some with --calibration FILE")
+                raise SmeltError("calibrates on samples, and there are none: give texts with --calibration FILE, or calibration=")
             return None
         asked = samples.progress
 

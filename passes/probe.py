@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .base import Samples
 PREFIX = 96  # tokens of the prompt; a cache that holds back more asks for a longer one
 LONGEST = 2048  # a prompt is not made longer than this, however late a cache compresses
 LENGTH = 16  # T of what is no decoder
+ROWS = 64  # of samples of what is no decoder
 SMALL, LARGE = 30e6, 300e6  # logical weight values; each decode step decodes every weight once
 
 
@@ -34,22 +35,23 @@ class Probe:
     real: torch.Tensor | None = None
 
 
-def held_out(samples: Samples) -> tuple[Samples, torch.Tensor]:
+def held_out(samples: Samples) -> tuple[Samples, Samples]:
     """Samples without their last eighth (at least one row), and that eighth; a single row is used on both sides."""
-    rows = len(samples.tokens)
-    kept = rows - max(1, rows // 8)
+    kept = len(samples) - max(1, len(samples) // 8)
     if not kept:
-        return samples, samples.tokens
-    return replace(samples, tokens=samples.tokens[:kept]), samples.tokens[kept:]
+        return samples, samples
+    return samples.rows(slice(kept)), samples.rows(slice(kept, None))
 
 
-def probe(program: Program, tokens: torch.Tensor | None = None, reach: int = 0) -> Probe:
-    """The probe for a Program and its rewrites; random without `tokens` int64 [N, T] to take it from.
+def probe(program: Program, unseen: Mapping[str, torch.Tensor] | None = None, reach: int = 0) -> Probe:
+    """The probe for a Program and its rewrites; random without samples of its inputs, [N, …] each, to take it from.
 
     `reach`: tokens that the prompt must have, if the model's context allows, for the cache to store something encoded.
     """
+    unseen = unseen or {}
+    tokens = unseen.get("tokens")
     if program.facts.get("kind") != "decoder":
-        return _plain(program, tokens)
+        return _plain(program, unseen)
     size = sum(math.prod(weight.shape) for weight in program.weights.values())
     batch, new, chunk = (2, 32, 4) if size <= SMALL else (1, 16, 4) if size <= LARGE else (1, 16, 16)
     total = max(PREFIX, min(reach, LONGEST)) + new
@@ -64,14 +66,16 @@ def reach(plan: CachePlan | None) -> int:
     return max(waits, default=0)
 
 
-def _plain(program: Program, tokens: torch.Tensor | None) -> Probe:
-    """Random inputs of what is no decoder; an encoder's second row is half padding."""
+def _plain(program: Program, unseen: Mapping[str, torch.Tensor]) -> Probe:
+    """Some samples for what is no decoder, or random inputs; an encoder's second row is half padding."""
+    if set(program.inputs) <= set(unseen):
+        return Probe({name: unseen[name][-ROWS:] for name in program.inputs})
     described = program.facts.get("inputs")
     if described is None:
         length = min(LENGTH, program.facts.get("context") or LENGTH)
         mask = torch.ones(2, length, dtype=torch.int64)
         mask[1, length // 2 :] = 0
-        found = {"tokens": _tokens(program, tokens, 2, length), "mask": mask}
+        found = {"tokens": _tokens(program, unseen.get("tokens"), 2, length), "mask": mask}
         if unknown := sorted(set(program.inputs) - set(found)):
             raise SmeltError(f"program {program.name}: facts['inputs'] must describe the inputs {unknown} to probe it")
         return Probe(found, real=mask.bool() if "mask" in program.inputs else None)

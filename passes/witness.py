@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +31,8 @@ class Witness:
     the end of the prompt asks for a longer one, and the remembered answers are taken again.
     """
 
-    def __init__(self, source: Program, tokens: torch.Tensor | None = None) -> None:
-        self._source, self._tokens = source, tokens
+    def __init__(self, source: Program, unseen: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._source, self._unseen = source, unseen
         self._probe: Probe | None = None
         self._reach = 0
         self._first: Outputs = {}
@@ -92,7 +93,7 @@ class Witness:
         wanted = max(self._reach, reach(after.cache))
         if self._probe is None or wanted > self._reach:
             self._reach = wanted
-            self._probe = probe(self._source, self._tokens, wanted)
+            self._probe = probe(self._source, self._unseen, wanted)
             self._first = observe(self._source, self._probe)
             self._last = Answers(None, self._last.from_source)
         if self._last.outputs is None:
@@ -103,7 +104,7 @@ class Witness:
 
     def _restart(self, after: Program) -> None:
         """What was remembered means nothing to this Program: it is the first one from now on, if it stands."""
-        self._source, self._tokens, self._probe = after, None, None
+        self._source, self._unseen, self._probe = after, None, None
         self._next = Answers(None, None)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..ir.errors import SmeltError
 from ..passes import Pass
+from ..passes.base import Calibration
 from .document import dump
 
 Family = Literal["weights", "prune", "cache", "decode", "tokens", "sample", "attention", "train", "deploy", "baseline"]
@@ -34,16 +35,18 @@ class Needs:
     """What a recipe asks of its user beside the model.
 
     training: whether it trains weights, which takes time and data.
-    calibration: `text` when it measures the model on sample texts.
+    calibration: `text` when it measures the model on sample texts, `inputs` when on whatever the model reads.
+    images: whether it is for models that read images.
     """
 
     training: bool = False
-    calibration: Literal["none", "text"] = "none"
+    calibration: Calibration = "none"
+    images: bool = False
 
     def union(self, other: "Needs") -> "Needs":
         """What two recipes need together."""
-        text = "text" in (self.calibration, other.calibration)
-        return Needs(self.training or other.training, "text" if text else "none")
+        calibration = max(self.calibration, other.calibration, key=get_args(Calibration).index)
+        return Needs(self.training or other.training, calibration, self.images or other.images)
 
 
 @dataclass(frozen=True)

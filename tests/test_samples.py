@@ -42,6 +42,45 @@ def test_each_text_stands_in_for_the_other() -> None:
     assert samples(None, None, None, FACTS) is None
 
 
+PIXELS = {"inputs": {"pixels": {"shape": ["B", 3, 4, 4], "dtype": "float32"}}}
+
+
+def test_samples_of_what_reads_no_text() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    images = torch.randn(17, 4, 4, 4)
+    recipe = {
+        "name": "coded",
+        "family": "weights",
+        "does": "Rounds.",
+        "steps": [{"weights.gptq": {"group": 8, "head": "keep"}}],
+    }
+    compiled = smelt.compile(model, recipe, example=(images,), calibration={"input": images})
+    (step,) = compiled.report.steps
+    assert step.notes["samples"] == 15 and step.done == ("1.weight",)  # an eighth is held out, and tells what was lost
+    kept_images = compiled.run(input=images)["output0"]
+    assert step.divergence is not None
+    with torch.no_grad():
+        meant, lost = model(images[15:]), kept_images[15:]
+    assert step.divergence.max_error == pytest.approx(float((meant - lost).abs().max() / meant.abs().max()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({}, "every input must be a tensor of as many rows"),
+        ({"pixels": [1]}, "every input must be a tensor"),
+        ({"image": torch.ones(2, 3, 4, 4)}, "the model's input 'pixels' is missing; give pixels"),
+        ({"pixels": torch.ones(2, 3, 4, 4), "x": torch.ones(2)}, "the model has no input 'x'; it reads pixels"),
+        ({"pixels": torch.ones(2, 3, 4, 5)}, r"'pixels' must be \[B, 3, 4, 4\], not \[2, 3, 4, 5\]"),
+        ({"pixels": torch.full((2, 3, 4, 4), torch.nan)}, "'pixels' has values that are not finite"),
+    ],
+)
+def test_samples_that_do_not_fit(given: dict[str, torch.Tensor], why: str) -> None:
+    with pytest.raises(SmeltError, match=f"^calibration: {why}"):
+        samples(given, None, None, PIXELS)
+
+
 def test_where_trainings_leave_their_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMELT_CACHE", str(tmp_path))
     for keep, asked, wanted in (

@@ -78,7 +78,7 @@ class Interpolate(Pass):
 
     @property
     def calibration(self) -> Calibration:
-        return "text"
+        return "inputs"
 
     def requires(self, program: Program) -> Iterator[str]:
         """A model of text without a cache, whose weights at every site that is asked for are dense."""
@@ -133,7 +133,7 @@ class Interpolate(Pass):
         program.facts[_FACT] = unpruned
         derive(program)
         total = {"before": before, "after": _parameters(program)}
-        return Outcome(tuple(notes), skipped, {"sites": notes, "parameters": total, "tokens": samples.tokens.numel()})
+        return Outcome(tuple(notes), skipped, {"sites": notes, "parameters": total, **samples.amount})
 
     def _asked_for(self, sites: Sequence[Site], skipped: dict[str, str]) -> list[Site]:
         """Sites of the kinds and layers that the options name."""

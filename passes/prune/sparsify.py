@@ -62,7 +62,7 @@ class Sparsify(Pass):
 
     @property
     def calibration(self) -> Calibration:
-        return "none" if self.score == "magnitude" else "text"
+        return "none" if self.score == "magnitude" else "inputs"
 
     def requires(self, program: Program) -> Iterator[str]:
         """Every matrix that would be pruned must still be dense."""
@@ -70,12 +70,12 @@ class Sparsify(Pass):
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Prune the products of one tensor after the other; a run that was broken off is taken up."""
-        if samples is None and self.calibration == "text":
+        if samples is None and self.calibration != "none":
             raise SmeltError(f"prune.sparsify by {self.score} needs sample texts: pass calibration texts to compile")
         plan = self._plan(program)
         asked = {name: how for name, how in plan.items() if not isinstance(how, str)}
         sites: dict[str, dict[str, Any]] = {}
-        if samples is not None and self.calibration == "text":
+        if samples is not None and self.calibration != "none":
             sites = in_order(program, self, samples, asked, self._solved, self.damp)
         else:
             for name, encoding in asked.items():

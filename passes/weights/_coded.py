@@ -43,7 +43,7 @@ class Coded(Pass):
     @property
     def calibration(self) -> Calibration:
         """Text whose second moments weigh errors."""
-        return "text"
+        return "inputs"
 
     @property
     def unattended(self) -> float | None:

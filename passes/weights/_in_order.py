@@ -78,8 +78,8 @@ def told(program: Program, sites: Mapping[str, Any], samples: Samples | None) ->
     """The notes of a pass: what was said of each site, and bits per weight over all of them."""
     made = [program.weights[name] for name in sites]
     bits = sum(weight.bits for weight in made) / max(1, sum(math.prod(weight.shape) for weight in made))
-    tokens = {} if samples is None else {"tokens": samples.tokens.numel()}
-    return {"sites": sites, "bits_per_weight": round(bits, 4), **tokens} if sites else {}
+    amount = {} if samples is None else samples.amount
+    return {"sites": sites, "bits_per_weight": round(bits, 4), **amount} if sites else {}
 
 
 def _told(solved: Solved, hessian: torch.Tensor, damp: float) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Scale(Pass):
     @property
     def calibration(self) -> Calibration:
         """Channels are measured on text."""
-        return "text"
+        return "inputs"
 
     def requires(self, program: Program) -> Iterator[str]:
         """No cache yet: what it stores would change. No turned stream: its channels have no scales of their own."""

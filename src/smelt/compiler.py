@@ -31,7 +31,7 @@ from .recipes import load as load_recipe
 from .runtime.artefact import tensor_digest
 from .runtime.session import Session
 from .runtime.text import Tokenizer
-from .samples import Texts, samples
+from .samples import Inputs, Texts, samples
 
 Model: TypeAlias = str | Path | nn.Module
 
@@ -42,7 +42,7 @@ def compile(
     model: Model,
     recipe: str | Path | Mapping[str, Any] | Recipe = "none",
     *,
-    calibration: Texts | None = None,
+    calibration: Texts | Inputs | None = None,
     train: Texts | None = None,
     checkpoints: str | Path | None = None,
     example: Sequence[torch.Tensor] | None = None,
@@ -59,8 +59,9 @@ def compile(
 
     model: a folder or hub id of a transformers model, such a model itself, or a torch module (then with `example`).
     recipe: a shipped name, a YAML file, or its content as a dict; `overrides` such as `cache.encode.tail=128`.
-    calibration: a text file, texts, or tokens int64 [N, T], for the steps that look at data.
-    train: the same, for steps that train; the calibration text where it is not given, and the other way round.
+    calibration: a text file, texts, or tokens int64 [N, T], for the steps that look at data; of what reads something
+    else, values of its inputs by name, [N, …] each.
+    train: texts or tokens, for steps that train; the calibration text where it is not given, and the other way round.
     checkpoints: a folder where trainings leave their state and take it up again; else they do so in the cache folder.
     tokenizer: the folder of the tokenizer, where the model is not one.
     target: `cpp` for generated kernels, `triton` for those of GPUs, `torch` for the reference; `fallback=False` refuses
@@ -101,7 +102,8 @@ def compile(
     result = run(program, resolved.steps, given, listen or ignore, stop_after)
     facts = {"recipe": resolved.to_dict(), "recipe_digest": resolved.digest()}
     if given is not None:
-        facts["calibration"] = tensor_digest(given.tokens)
+        digests = {name: tensor_digest(value) for name, value in given.inputs.items()}
+        facts["calibration"] = digests["tokens"] if list(digests) == ["tokens"] else digests
         if given.training is not None:
             facts["training"] = tensor_digest(given.training)
     if key is not None:

@@ -130,6 +130,8 @@ def _content(given: Any) -> Iterator[str]:
         yield artefact.tensor_digest(given.detach().cpu())
     elif isinstance(given, str | Path):
         yield _file(Path(given)).hex() if Path(given).is_file() else str(given)
+    elif isinstance(given, Mapping):
+        yield from (f"{name} {digest}" for name, value in given.items() for digest in _content(value))
     else:
         yield from map(str, given)
 

@@ -1,4 +1,4 @@
-"""Texts that a caller gives to calibrate on or to train on, as checked tokens."""
+"""What a caller gives to calibrate on or to train on: texts as checked tokens, or checked values of other inputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ LENGTH = 256  # tokens of one sequence, fewer where the model's context ends bef
 LEAST = 512  # tokens below which statistics mean nothing
 
 Texts: TypeAlias = str | Path | Sequence[str] | torch.Tensor
+Inputs: TypeAlias = Mapping[str, torch.Tensor]
 
 
 def samples(
-    calibration: Texts | None,
+    calibration: Texts | Inputs | None,
     train: Texts | None,
     folder: Path | None,
     facts: Mapping[str, Any],
@@ -30,15 +31,39 @@ def samples(
     """Both texts as tokens, each standing in for the other where that is missing; None without any.
 
     `folder` holds the tokenizer, `facts` are the program's. Trainings leave their state in `checkpoints`, or in the
-    cache folder, if anything is to be kept there. Raises SmeltError for a text that cannot be used.
+    cache folder, if anything is to be kept there. Raises SmeltError for samples that cannot be used.
     """
-    observed = None if calibration is None else _tokens(calibration, folder, facts, "calibration")
+    observed: torch.Tensor | Inputs | None
+    if isinstance(calibration, Mapping):
+        observed = _inputs(calibration, facts)
+    else:
+        observed = None if calibration is None else _tokens(calibration, folder, facts, "calibration")
     learned = None if train is None else _tokens(train, folder, facts, "train")
-    tokens = learned if observed is None else observed
+    given = learned if observed is None else observed
     place = Checkpoints(kept.trainings(), kept.code_digest()) if kept.room() else None
     if checkpoints is not None:
         place = Checkpoints(Path(checkpoints))
-    return None if tokens is None else Samples(tokens, training=learned, checkpoints=place)
+    return None if given is None else Samples(given, training=learned, checkpoints=place)
+
+
+def _inputs(given: Inputs, facts: Mapping[str, Any]) -> Inputs:
+    """Values of inputs, each as the program reads it."""
+    told = facts.get("inputs") or {}
+    rows = {name: len(value) for name, value in given.items() if isinstance(value, torch.Tensor) and value.dim()}
+    if set(given) != set(rows) or not given or len(set(rows.values())) > 1 or not all(rows.values()):
+        raise SmeltError(f"calibration: every input must be a tensor of as many rows, at least one; they have {rows}")
+    if missing := [name for name, how in told.items() if name not in given and not how.get("optional")]:
+        raise SmeltError(f"calibration: the model's input '{missing[0]}' is missing; give {', '.join(told)}")
+    for name, value in given.items():
+        if name not in told and name != "tokens":
+            raise SmeltError(f"calibration: the model has no input '{name}'; it reads {', '.join(told) or 'tokens'}")
+        wanted = told.get(name, {}).get("shape", ["B", "T"])
+        sizes = [size if isinstance(want, str) else want for want, size in zip(wanted, value.shape, strict=False)]
+        if len(wanted) != value.dim() or sizes != list(value.shape):
+            raise SmeltError(f"calibration: '{name}' must be [{', '.join(map(str, wanted))}], not {list(value.shape)}")
+        if not bool(value.isfinite().all()):
+            raise SmeltError(f"calibration: '{name}' has values that are not finite")
+    return {name: value.detach().cpu() for name, value in given.items()}
 
 
 def _tokens(given: Texts, folder: Path | None, facts: Mapping[str, Any], role: str) -> torch.Tensor:

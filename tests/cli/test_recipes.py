@@ -30,7 +30,7 @@ def test_lists_every_shipped_recipe_under_its_family() -> None:
 
 def test_json_tells_what_each_needs_and_whether_it_loads() -> None:
     told = {entry["name"]: entry for entry in json.loads(smelt_("--json").stdout)}
-    assert told["none"]["needs"] == {"training": False, "calibration": "none"}
+    assert told["none"]["needs"] == {"training": False, "calibration": "none", "images": False}
     assert {entry["state"] for entry in told.values()} == {"ready"}
 
 

@@ -152,6 +152,6 @@ def test_a_model_that_is_no_decoder_has_no_decode_step(llama):
 def test_training_without_text(llama):
     message = refusal(llama, (INSERT, HEADS, DRILL))
     assert (
-        message
-        == "step 3, train.heads: calibrates on sample texts, and there are none: give some with --calibration FILE"
+        message == "step 3, train.heads: calibrates on samples, and there are none: "
+        "give texts with --calibration FILE, or calibration="
     )

@@ -219,8 +219,8 @@ def test_a_failure_keeps_the_last_good_program_and_the_report(llama):
 
 def test_calibration_that_is_missing_is_asked_for(llama):
     assert str(fails(llama, step(Reads()))) == (
-        "r.yaml:12: step 1, toy.reads: calibrates on sample texts, and there are none: "
-        "give some with --calibration FILE"
+        "r.yaml:12: step 1, toy.reads: calibrates on samples, and there are none: "
+        "give texts with --calibration FILE, or calibration="
     )
 
 

@@ -166,11 +166,11 @@ def test_a_probe_of_a_large_model_is_small(llama):
 def test_a_probe_takes_tokens_that_passes_do_not_see(llama, tokens):
     samples = Samples(tokens(16, 70))
     seen, unseen = held_out(samples)
-    assert torch.equal(torch.cat([seen.tokens, unseen]), samples.tokens) and len(unseen) == 2
-    asked = probe(llama, unseen).inputs["tokens"]
-    assert asked.shape == (2, 128) and torch.equal(asked[1, -70:], unseen[1])  # 140 tokens repeated: the end is the end
+    assert torch.equal(torch.cat([seen.tokens, unseen.tokens]), samples.tokens) and len(unseen) == 2
+    asked = probe(llama, unseen.inputs).inputs["tokens"]
+    assert asked.shape == (2, 128) and torch.equal(asked[1, -70:], unseen.tokens[1])  # 140 tokens repeated: the end is the end
     single = Samples(tokens(1, 300))
-    assert held_out(single) == (single, single.tokens)
+    assert held_out(single) == (single, single)
 
 
 def module(**facts):

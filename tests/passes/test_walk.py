@@ -75,5 +75,5 @@ def test_numbers_that_are_not_finite_are_named() -> None:
     name = str(arguments(node)["weight"].target)
     weight = program.weights[name]
     program.weights[name] = replace(weight, parts={"data": weight.dense() * torch.inf})
-    with pytest.raises(SmeltError, match=f"{node.name}: the calibration text gives activations that are not finite"):
+    with pytest.raises(SmeltError, match=f"{node.name}: the samples give activations that are not finite"):
         list(Walk(program, Samples(random_tokens(1, 8))).values(node))

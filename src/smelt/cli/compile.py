@@ -119,7 +119,7 @@ def _recipe(
     trains = any(step.pass_name.startswith("train.") for step in resolved.steps)
     if not trains and (train is not None or checkpoints is not None):
         raise SmeltError(f"the recipe {resolved.name} trains nothing: leave out --train and --checkpoints")
-    if calibration is None and train is None and resolved.needs.calibration == "text":
+    if calibration is None and train is None and resolved.needs.calibration != "none":
         verb, option = ("trains", "--train FILE or --calibration") if trains else ("calibrates", "--calibration")
         raise SmeltError(f"the recipe {resolved.name} {verb} on sample texts: give some with {option} FILE")
     return resolved

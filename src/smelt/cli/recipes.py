@@ -68,7 +68,9 @@ def _state(name: str) -> str:
 
 def _needs(header: Header) -> str:
     words = ["training"] if header.needs.training else []
-    words += ["calibration text"] if header.needs.calibration == "text" else []
+    if header.needs.calibration != "none":
+        words.append("calibration text" if header.needs.calibration == "text" else "calibration samples")
+    words += ["a model that reads images"] if header.needs.images else []
     return f"needs {' and '.join(words)}" if words else "needs nothing"
 
 

@@ -354,5 +354,5 @@ def test_activations_that_are_not_finite_are_refused():
     value = program.weights["model.decoder.layers.0.fc1.bias"].dense().clone()
     value[0] = math.inf
     program.weights["model.decoder.layers.0.fc1.bias"] = Weight.of(value)
-    with pytest.raises(SmeltError, match=r"the calibration text gives activations that are not finite$"):
+    with pytest.raises(SmeltError, match=r"the samples give activations that are not finite$"):
         Interpolate().apply(program, Samples(random_tokens(4, 24)))
