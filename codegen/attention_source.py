@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ..ir.cache import Site
@@ -24,10 +26,15 @@ Names: TypeAlias = dict[str, dict[str, str]]  # by role, what a part is called i
 
 
 def function(site: Site) -> Function:
-    """A site's kernel, whose words are the addresses of a `Buffers` and a `Call`.
+    """A site's kernel, whose words are the addresses of a `Buffers` and a `Call`; the same for all layers alike.
 
     Raises NotImplementedError where an encoding cannot be printed.
     """
+    return _function(replace(site, layer=0))
+
+
+@functools.lru_cache(maxsize=64)
+def _function(site: Site) -> Function:
     held: list[str] = []
     scans: list[str] = []
     dispatch = []

@@ -35,11 +35,11 @@ def rewritten(expr: Expr) -> Expr:
         case Load(part, index, dtype):
             column = _column(index)
             if column is None:
-                return Load(part, index.subs(n, ROWS * tile + lane), dtype)
+                return Load(part, index.xreplace({n: ROWS * tile + lane}), dtype)
             u = unit(dtype)
             at = ((tile * length(part) + column // u) * ROWS + lane) * u
             return Load(part, at + sympy.Mod(column, u) if u > 1 else at, dtype)
-    return rebuilt(expr, rewritten, lambda index: index.subs(n, ROWS * tile + lane))
+    return rebuilt(expr, rewritten, lambda index: index.xreplace({n: ROWS * tile + lane}))
 
 
 def interleaved(expr: Expr) -> frozenset[str]:

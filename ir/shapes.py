@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -36,9 +36,53 @@ def derive(program: Program) -> None:
 
     A node with several results gets tuples of both. A size has shape () and its expression in `meta["value"]`.
     Weights of floating types count as float32, as `Weight.dense` decodes them. Raises SmeltError naming the node whose
-    arguments do not fit, or that holds for one size of a symbol only.
+    arguments do not fit, or that holds for one size of a symbol only. A computation that was derived lately is known.
     """
     inputs = {name: _described(program, name) for name in program.inputs}
+    key = _signature(program, inputs)
+    found = _known.pop(key, None) or _derived(program, inputs)
+    _known[key] = found  # the last of them
+    if len(_known) > KNOWN:
+        del _known[next(iter(_known))]
+    for node, meta in zip(program.graph.nodes, found, strict=False):  # all but the output
+        node.meta.pop("value", None)
+        node.meta.update(meta)
+
+
+Inputs: TypeAlias = dict[str, tuple[tuple[int | str, ...], torch.dtype]]
+Metas: TypeAlias = list[dict[str, Any]]
+
+KNOWN = 32  # computations
+_known: dict[Hashable, Metas] = {}  # by signature, those asked for lately at the end
+
+
+def _signature(program: Program, inputs: Inputs) -> Hashable:
+    """What decides all shapes: the calls with their arguments, and shapes and types of inputs and weights."""
+    places = {node: place for place, node in enumerate(program.graph.nodes)}
+
+    def plain(value: Any) -> Hashable:
+        if isinstance(value, fx.Node):
+            return "node", places[value]
+        if isinstance(value, Mapping):
+            return "map", *((name, plain(each)) for name, each in value.items())
+        if isinstance(value, list | tuple):
+            return "list", *map(plain, value)
+        return type(value).__name__, value if isinstance(value, Hashable) else repr(value)
+
+    def told(node: fx.Node) -> Hashable:
+        if node.op == "placeholder":
+            return node.op, inputs[str(node.target)]
+        weight = program.weights.get(str(node.target)) if node.op == "get_attr" else None
+        if weight is not None:
+            return node.op, weight.shape, _decoded(weight)
+        return node.op, node.target, plain(node.args), plain(node.kwargs)
+
+    return tuple(told(node) for node in program.graph.nodes if node.op != "output")
+
+
+def _derived(program: Program, inputs: Inputs) -> Metas:
+    """The meta entries of each node but the output."""
+    metas: Metas = []
     sizes = _Sizes({d for shape, _ in inputs.values() for d in shape if isinstance(d, str)})
     values: dict[fx.Node, Any] = {}
     # the Python dispatcher has forms of composite ops (such as matmul) that keep sizes symbolic where C++ does not
@@ -49,15 +93,14 @@ def derive(program: Program) -> None:
             try:
                 values[node] = _value(program, node, values, inputs, sizes)
                 sizes.check()
-                meta = sizes.meta(values[node])
+                metas.append(sizes.meta(values[node]))
             except SmeltError as fault:
                 raise SmeltError(f"{program.name}: %{node.name}: {fault}") from fault
             except Exception as fault:  # fake kernels raise every kind; each means arguments that do not fit
                 raise SmeltError(
                     f"{program.name}: {_call(node, values, sizes)} does not fit: {sizes.named(fault)}"
                 ) from fault
-            node.meta.pop("value", None)
-            node.meta.update(meta)
+    return metas
 
 
 def _described(program: Program, name: str) -> tuple[tuple[int | str, ...], torch.dtype]:
@@ -80,9 +123,9 @@ def _is_size(size: Any) -> bool:
     return size.isidentifier() if isinstance(size, str) else isinstance(size, int) and size >= 0
 
 
-def _value(program: Program, node: fx.Node, values: dict[fx.Node, Any], inputs: Any, sizes: _Sizes) -> Any:
+def _value(program: Program, node: fx.Node, values: dict[fx.Node, Any], inputs: Inputs, sizes: _Sizes) -> Any:
     if node.op == "placeholder":
-        shape, dtype = inputs[node.target]
+        shape, dtype = inputs[str(node.target)]
         return torch.empty(tuple(sizes.of[d] if isinstance(d, str) else d for d in shape), dtype=dtype)
     if node.op == "get_attr":
         if node.target not in program.weights:

@@ -147,7 +147,12 @@ def rebuilt(expr: Expr, each: Callable[[Expr], Expr], place: Callable[[sympy.Exp
 
 def substitute(expr: Expr, values: Mapping[sympy.Symbol, sympy.Expr | int]) -> Expr:
     """The expression with index symbols replaced everywhere, all at once."""
-    return rebuilt(expr, lambda inner: substitute(inner, values), lambda index: index.subs(values, simultaneous=True))
+    found = {symbol: sympy.sympify(value) for symbol, value in values.items()}
+
+    def replaced(inner: Expr) -> Expr:
+        return rebuilt(inner, replaced, lambda index: index.xreplace(found))  # `subs` is 20 times slower
+
+    return replaced(expr)
 
 
 def renamed(expr: Expr, prefix: str) -> Expr:
