@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import fx
 
-from ...ir.encoding import Affine, Encoding
+from ...ir.encoding import NM, Affine, Dense, Encoding
 from ...ir.errors import SmeltError
 from ...ir.program import Program
 from ...ir.weight import Weight
 from .._finished import Finished
 from .._walk import Walk
 from ..base import Samples
+from ..prune._masks import Pattern, compensated
 from ..weights._gptq import solve
 from ..weights._matrices import Matrix, matrices, siblings
 from ..weights._moments import moments
@@ -45,7 +47,8 @@ def made(
 ) -> dict[str, list[Weight]]:
     """The levels of each weight, the smallest first.
 
-    gptq: integer codes of products make up for their errors on what the whole model feeds them.
+    gptq: integer codes of products make up for their errors on what the whole model feeds them, and what N:M sparsity
+    keeps for what it removes, by SparseGPT.
     """
     groups: dict[fx.Node, list[str]] = {}
     if solver == "gptq":
@@ -65,7 +68,7 @@ def made(
             for encoding in asked[name]:
                 weight = finished.get(f"{name} {encoding}")
                 if weight is None:
-                    if x is not None and isinstance(encoding, Affine):
+                    if x is not None and isinstance(encoding, Affine | NM):
                         hessian = moments(walk, x) if hessian is None else hessian
                     weight = _made(name, program.weights[name], encoding, hessian)
                     finished.put(f"{name} {encoding}", weight)
@@ -75,10 +78,12 @@ def made(
 
 
 def _made(name: str, weight: Weight, encoding: Encoding, hessian: torch.Tensor | None) -> Weight:
-    """A weight in another encoding, by GPTQ where there is a Hessian, else each value rounded to the nearest."""
+    """A weight in another encoding, solved where there is a Hessian, else each value rounded to the nearest."""
     if weight.encoding == encoding:
         return weight
     try:
+        if isinstance(encoding, NM) and hessian is not None:
+            return _sparse(weight, encoding, hessian)
         if not isinstance(encoding, Affine) or encoding.axis != "token":
             return weight.encoded(encoding)
         if hessian is not None:
@@ -86,3 +91,13 @@ def _made(name: str, weight: Weight, encoding: Encoding, hessian: torch.Tensor |
         return Weight(weight.shape, encoding, encode(weight.dense(), encoding, "mse"))
     except SmeltError as error:
         raise SmeltError(f"{name}: {error}") from error
+
+
+def _sparse(weight: Weight, encoding: NM, hessian: torch.Tensor) -> Weight:
+    """N of M neighbours by SparseGPT, rounded by GPTQ where they are kept as integers."""
+    dense, _ = compensated(weight.dense(), hessian, Pattern(keep=encoding.keep, of=encoding.of), DAMP)
+    if not isinstance(encoding.values, Affine):
+        return Weight(weight.shape, encoding, encoding.alone(dense))
+    kept = replace(encoding, values=Dense("float16"))
+    columns = kept.columns(kept.alone(dense), weight.shape)
+    return Weight(weight.shape, encoding, solve(dense, hessian, encoding, "mse", False, DAMP, columns).parts)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from smelt.ir.blocks import blocks
-from smelt.ir.encoding import Affine, Dense
+from smelt.ir.encoding import NM, Affine, Dense
 from smelt.ir.errors import SmeltError
 from smelt.ir.text import parse_program, print_program
 from smelt.ir.verify import verify
@@ -58,6 +58,18 @@ def test_evolution_finds_what_listing_all_finds(llama, samples):
     left = Drop(0.5, unit="block").apply(influence, samples).done
     theirs = Judge(space, samples.tokens)(tuple(int(site.name not in left) for site in space.sites), range(4))
     assert found["evolution"]["kl"] <= sum(theirs.values()) / 4 + 1e-6
+
+
+def test_sparse_levels_are_solved_like_the_others(llama, samples):
+    sparse = (NM(2, 4, Affine(4, 32)), NM(2, 4))
+    options = {"weights": (*sparse, Affine(8, 32)), "generations": 1, "offspring": 1}
+    nearest, solved = (
+        spend(llama.fork(), samples, Budget(bits=3.8), solver=how, **options).notes for how in ("nearest", "gptq")
+    )
+    assert nearest["spent"] == solved["spent"] and solved["kl"] < 0.9 * nearest["kl"]
+    spend(llama, samples, Budget(bits=10.0), solver="gptq", **options)
+    kept = [w for name, w in llama.weights.items() if "_proj" in name and w.encoding == sparse[1]]
+    assert kept and all(bool(((w.dense() != 0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()) for w in kept)
 
 
 def test_the_same_bits_spent_unevenly_lose_less(llama, samples):
