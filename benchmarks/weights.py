@@ -58,6 +58,7 @@ SAMPLE, LENGTH = 16, 256  # sequences of a sample of text, and the tokens of eac
 
 STAGES = (Stage(2, 4), Stage(16, 1))  # of searches
 BITS = tuple(Affine(bits, 64) for bits in (2, 3, 4, 8))
+SPARSE = (NM(1, 4, Affine(8, 32)), NM(2, 4, Affine(4, 64)), NM(2, 4, Affine(8, 64)))
 CACHES = (Stored(), *(Stored(Affine(b, 32, "channel", True), Affine(b, 32, "token", True)) for b in (4, 2)))
 
 Rows = dict[str, list[float]]
@@ -145,13 +146,19 @@ def bits(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
 
 
 def mixture(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
-    """0.4 of the bytes of weights and of a cache of 1024 tokens, by one kind of level or several; read through it."""
+    """0.4 of the bytes of weights and of a cache of 1024 tokens, by one kind of level or several; read through it.
+
+    Sparse weights alone are kept as float16; with bits they are integers too. A cache alone cannot save as much.
+    """
     source = model.program.fork()
     Insert().apply(source, None)
     wanted = replay(source, model._windows, LENGTH // 4, LENGTH)
-    weights, cache = {"weights": BITS, "vocabulary": True}, {"cache": CACHES}
-    asked = {"depth": {"depth": True}, "bits": weights, "bits and cache": weights | cache}
-    for name, levels in {**asked, "all": {**weights, **cache, "depth": True}}.items():
+    kept = tuple(NM(keep, of) for keep, of in ((1, 8), (1, 4), (2, 4)))
+    solved = {"vocabulary": True, "solver": "gptq"}
+    single = {"depth": {"depth": True}, "bits": {"weights": BITS, **solved}, "sparsity": {"weights": kept, **solved}}
+    pair = {"bits and cache": {"weights": BITS, "cache": CACHES, **solved}}
+    every = {"all": {"weights": (*BITS, *SPARSE), "cache": CACHES, "depth": True, **solved}}
+    for name, levels in {**single, **pair, **every}.items():
         step, found = Spend(Budget(share=0.4), stages=STAGES, **levels), list[float]()  # type: ignore[arg-type]
         for seed in range(seeds):
             program = source.fork()
