@@ -44,11 +44,14 @@ def strange(node: fx.Node) -> str | None:
     return None
 
 
-def refuse_fallbacks(program: Program, target: str, choices: Mapping[str, Choice]) -> None:
-    """Raises SmeltError where the target has no fast kernel for what a node stores."""
-    refused = [f"{name}: {choice.why}" for name, choice in choices.items() if choice.fallback]
-    if refused:
+def refuse_fallbacks(
+    program: Program, target: str, choices: Mapping[str, Choice], capacity: Mapping[str, str] | None = None
+) -> None:
+    """Raises SmeltError where the target has no fast kernel for what a node stores; `capacity` as in `Plan`."""
+    why = {name: choice.why for name, choice in choices.items() if choice.fallback} | dict(capacity or {})
+    if why:
+        first, reason = next(iter(why.items()))
         raise SmeltError(
-            f"target {target} has no fast kernel for {len(refused)} nodes of {program.name}, first {refused[0]}; "
-            "choose another encoding, or allow fallback=True to run them as torch ops"
+            f"target {target} has no fast kernel for {len(why)} nodes of {program.name}, first {first}: {reason}; "
+            "choose another encoding, or allow fallback=True to run them slowly"
         )

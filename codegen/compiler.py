@@ -76,6 +76,17 @@ def flags() -> tuple[str, ...]:
     return (*FLAGS, *shlex.split(f"-march={os.environ.get('SMELT_MARCH') or 'native'}"))
 
 
+def defines(*macros: str) -> bool:
+    """Whether kernels are compiled for a CPU with all of these features, such as `__AVX512VBMI2__`."""
+    return set(macros) <= _defined((*find().command, *flags()))
+
+
+@functools.cache
+def _defined(command: tuple[str, ...]) -> frozenset[str]:
+    told = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+    return frozenset(line.split()[1] for line in told.stdout.splitlines() if line.startswith("#define "))
+
+
 @functools.cache
 def cpu() -> str:
     """What `-march=native` depends on: the processor's feature flags."""

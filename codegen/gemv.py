@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from ..ir.encoding import Encoding
+from ..ir.encoding.expr import stored as stored_parts
 from ..ir.errors import SmeltError
-from . import choose, interleave, loops, product
+from . import choose, interleave, loops, product, walk
 from .memo import remembered
 from .product import Spec
 from .unit import Call, Unit, call
@@ -82,7 +83,7 @@ class Gemv:
         """
         if reason := covers(self.encoding, shape):
             raise SmeltError(f"gemv does not cover {self.encoding} of shape {list(shape)}: {reason}")
-        stored = product.parts(self.encoding)
+        stored = walk.walked(self.encoding) or stored_parts(self.encoding.expr((None, loops.K)))
         for part, dtype in stored.items():
             tensor = parts[part]
             if str(tensor.dtype) != f"torch.{dtype}" or tensor.device.type != "cpu":

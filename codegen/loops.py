@@ -6,13 +6,14 @@ coefficients that are constant over a group of columns and leave the loop.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import sympy
 
 from ..ir.encoding import NM, Encoding
-from ..ir.encoding.expr import Bin, Cast, Const, Expr, indices, k, loads, stored, substitute
-from . import interleave, walk
+from ..ir.encoding.expr import Bin, Cast, Const, Expr, Index, Take, indices, k, loads, stored, substitute
+from . import interleave, planes, walk
 from .hoist import folded, span, split
 from .interleave import lane
 from .printers import cpp
@@ -75,10 +76,11 @@ def floats(encoding: Encoding) -> Inner | str:
     constant = next((c for c, f in terms if f is None), None)
     coefficients, factors = tuple(c for c, _ in varying), tuple(f for _, f in varying)
     found = replace(found, coefficients=coefficients, factors=factors, constant=constant)
-    for length in LENGTHS:
-        if columns is None or columns % length == 0:
+    lengths = [length for length in LENGTHS if columns is None or columns % length == 0]
+    for still in (_fixed, _settled):
+        for length in lengths:
             found = replace(found, length=length)
-            if all(_settled(found.at(f, i)) for f in (*factors, *found.places) for i in range(length)):
+            if all(still(found.at(f, i)) for f in (*factors, *found.places) for i in range(length)):
                 return found
     if columns is not None:
         return f"its codes do not unpack to whole numbers of columns within groups of {columns}"
@@ -134,12 +136,29 @@ def _placed(expr: Expr, columns: int | None) -> Expr:
     """The expression at column `column` of group `group` in the interleaved layout."""
     at = columns * group + column if columns else column
     ranges = {**LANES, column: (0, columns - 1)} if columns else LANES
-    return folded(substitute(interleave.rewritten(expr), {k: at}), ranges)
+    return folded(substitute(interleave.rewritten(planes.beside(expr)), {k: at}), ranges)
 
 
 def _settled(expr: Expr) -> bool:
     """Whether no division is left that depends on the piece of the loop."""
     return not any(step in part.free_symbols for at in indices(expr) for part in at.atoms(sympy.floor, sympy.Mod))
+
+
+def _fixed(expr: Expr) -> bool:
+    """Whether it is settled, and shifts are the same in every piece, as immediate operands are."""
+    return _settled(expr) and not any(step in by.free_symbols for by in _shifts(expr))
+
+
+def _shifts(expr: Expr) -> Iterator[sympy.Expr]:
+    match expr:
+        case Bin("shr", a, Index(by)):
+            yield by
+            yield from _shifts(a)
+        case Bin(_, a, b):
+            yield from _shifts(a)
+            yield from _shifts(b)
+        case Cast(_, a) | Take(index=a):
+            yield from _shifts(a)
 
 
 def _code(expr: Expr) -> tuple[Expr, int]:

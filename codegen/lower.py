@@ -23,6 +23,7 @@ from .fused import PointwiseKernel, ProductKernel, QuantizeKernel
 from .gather import gather_kernel
 from .kernels import AttentionKernel, CacheReference, Reference, RowOp, out_variant
 from .plan import Choice, Plan, Target
+from .roles import capacity
 from .rows import row_kernel
 
 
@@ -30,7 +31,8 @@ def lower(program: Program, target: Target = "cpp", fallback: bool = True) -> Pl
     """The plan of `program` for a target: `cpp` (generated kernels, ATen for the rest), `torch` (the reference), or
     `triton` (the kernels for GPUs).
 
-    `fallback=False` refuses a Program with an encoded weight or a cache site that the target has no kernel for.
+    `fallback=False` refuses a Program with an encoded weight or a cache site that the target has no kernel for, or with
+    a weight that saves memory but no time (see `roles`).
     """
     if target not in get_args(Target):
         raise SmeltError(f"unknown target '{target}'; known: {', '.join(get_args(Target))}")
@@ -53,12 +55,13 @@ def _lower(program: Program, target: Target, fallback: bool, arena: Arena) -> Pl
             choices[node.name] = choice
             if node.target in OPS:
                 encoded[node.name] = takes_encoded(node)
+    memory = capacity(program) if target == "cpp" else {}
     if not fallback:
-        refuse_fallbacks(program, target, choices)
+        refuse_fallbacks(program, target, choices, memory)
     draft = None if program.draft is None else _lower(program.draft, target, fallback, arena)
     shallow = tuple(_lower(stage, target, fallback, arena) for stage in stages(program))
     kernels = tuple((region, _fused(region, program, arena)) for region in regions)
-    return Plan(program, target, choices, encoded, kernels, draft=draft, stages=shallow)
+    return Plan(program, target, choices, encoded, kernels, draft=draft, stages=shallow, capacity=memory)
 
 
 def _refused(program: Program, node: fx.Node, width: int | None) -> str | None:

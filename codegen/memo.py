@@ -33,7 +33,7 @@ def remembered(question: str, encoding: Encoding, answer: Callable[[], str]) -> 
 
 
 _ANSWERING = (
-    "choose", "expand", "hoist", "interleave", "loops", "product", "ranges", "walk",
+    "choose", "expand", "hoist", "interleave", "loops", "planes", "product", "ranges", "walk",
     "printers/cpp", "printers/index",
 )  # fmt: skip
 

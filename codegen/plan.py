@@ -69,10 +69,14 @@ class Plan:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # a device never changes
     draft: Plan | None = None  # of the program's draft model
     stages: tuple[Plan, ...] = ()  # of the program's depth plan, over the same cache and packed weights
+    capacity: Mapping[str, str] = field(default_factory=dict)  # nodes that save memory but no time, and why
 
     def kernels(self) -> list[dict[str, Any]]:
-        """One row a node: node, kernel, why, fallback, source; for `lm.kernels` and `smelt inspect`."""
-        rows = {
+        """One row a node: node, kernel, why, fallback, role, source; for `lm.kernels` and `smelt inspect`.
+
+        role: `capacity` where what is stored saves memory but no time, else `fast`.
+        """
+        rows: dict[str, dict[str, Any]] = {
             name: {
                 "node": name,
                 "kernel": c.kernel.name,
@@ -85,4 +89,8 @@ class Plan:
         for region, kernel in self.regions:
             shared = {"kernel": kernel.name, "why": str(region), "fallback": False, "source": kernel.source}
             rows |= {node.name: {"node": node.name, **shared} for node in region.nodes}
+        for name, row in rows.items():
+            row["role"] = "capacity" if name in self.capacity or row["fallback"] else "fast"
+            if name in self.capacity:
+                row["why"] += f"; {self.capacity[name]}"
         return [rows[node.name] for node in self.program.graph.nodes if node.name in rows]

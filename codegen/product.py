@@ -21,7 +21,7 @@ import torch
 from ..ir.encoding import Encoding
 from ..ir.encoding.expr import Bin, Cast, Const, Expr, k, loads, stored, substitute
 from ..ir.errors import SmeltError
-from . import choose, interleave, walk
+from . import choose, interleave, planes, walk
 from .hoist import folded
 from .interleave import lane
 from .loops import LANES, Inner, K, column, floats, integers
@@ -63,8 +63,8 @@ class Spec:
 
 
 def parts(encoding: Encoding) -> dict[str, str]:
-    """What a kernel is given of a weight, and how it is stored, in order."""
-    return walk.walked(encoding) or stored(encoding.expr((None, K)))
+    """What a kernel is given of a weight, and the type of its elements there, in order."""
+    return walk.walked(encoding) or stored(planes.beside(encoding.expr((None, K))))
 
 
 def pack(
@@ -73,7 +73,8 @@ def pack(
     """The parts of a matrix of so many rows as the kernel reads them; `hold` as in `interleave`."""
     if ordered := walk.walked(encoding):
         return {part: hold(held[part]) for part in ordered}
-    return interleave.pack(encoding.expr((None, K)), held, rows, hold)
+    expr = encoding.expr((None, K))
+    return interleave.pack(planes.beside(expr), planes.moved(expr, held), rows, hold)
 
 
 @functools.cache
@@ -189,7 +190,8 @@ def _floats(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
             ),
             *(f"    f32x16 sum{t}[B][{partial}] = {{}};" for t in terms),
             f"    for (int64_t step = 0; step < columns / {length}; step++) {{",
-            f"      const float* xs = x + {at};",
+            "      const float* xs[B];  // of `xs + b * K + i` GCC would keep an address for each b and i, in memory",
+            f"      for (int b = 0; b < B; b++) xs[b] = x + b * K + {at};",
             "      f32x16 read[4]; walk.next(read);"
             if inner.walked
             else f"      if (!m) {{ {' '.join(_ahead(inner, names[m]))} }}",
@@ -215,7 +217,8 @@ def _floats(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
             )
         out.append("  }")
         if inner.columns is None and length > 1 and not inner.walked and not inner.places:
-            whole = folded(substitute(interleave.rewritten(spec.encoding.expr((None, K))), {k: column}), LANES)
+            whole = interleave.rewritten(planes.beside(spec.encoding.expr((None, K))))
+            whole = folded(substitute(whole, {k: column}), LANES)
             out += [
                 "  for (int64_t column = columns; column < K; column++) {  // a row's end that fills no piece",
                 f"    const f32x16 v = {cpp.vector(whole, lane, LANES, names[m])};",
@@ -228,14 +231,14 @@ def _floats(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
 def _activation(inner: Inner, i: int, names: dict[str, str]) -> str:
     """What the column `i` of a piece is multiplied with: an activation for all rows, or one that each row picks."""
     if not inner.places:
-        return f"splat(xs[b * K + {i}])"
+        return f"splat(xs[b][{i}])"
     place = inner.at(inner.places[0], i)
     match place:
         case Bin("and", a, Const()):  # what lies above a place is not looked at
             at = cpp.low_bits(a, lane, inner.ranges, names)
         case _:
             at = cpp.vector(place, lane, inner.ranges, names)
-    return f"pick<{inner.of}>(xs + b * K + {i // inner.kept * inner.of}, {at})"
+    return f"pick<{inner.of}>(xs[b] + {i // inner.kept * inner.of}, {at})"
 
 
 def _ahead(inner: Inner, names: dict[str, str]) -> list[str]:
@@ -263,25 +266,28 @@ def _ahead(inner: Inner, names: dict[str, str]) -> list[str]:
 def _decoded(factor: Expr, ranges: Ranges, names: dict[str, str]) -> str:
     """A factor as a vector. A code of at most 4 bits is looked up, where that is one instruction."""
     plain = cpp.vector(factor, lane, ranges, names)
-    found = _small(factor)
+    found = _small(factor, ranges, names)
     if found is None:
         return plain
     word, values = found
-    table = ", ".join(f"{value!r}f" for value in values)
-    return f"DECODE({cpp.low_bits(word, lane, ranges, names)}, ({plain}), {table})"
+    return f"DECODE({word}, ({plain}), {', '.join(f'{value!r}f' for value in values)})"
 
 
-def _small(factor: Expr) -> tuple[Expr, list[float]] | None:
+def _small(factor: Expr, ranges: Ranges, names: dict[str, str]) -> tuple[str, list[float]] | None:
     """(word, table) of a function of a code whose value is table[word & 15]: the word may hold more bits above."""
     match factor:
         case Bin("and", a, Const(mask)) if mask in (1, 3, 7, 15):
-            return a, [float(i & int(mask)) for i in range(16)]
-        case Bin("add" | "sub" | "mul" as op, a, Const(value)) if inner := _small(a):
+            return cpp.low_bits(a, lane, ranges, names), [float(i & int(mask)) for i in range(16)]
+        case Bin("add", Bin("and", a, Const(3)), Bin("mul", Bin("and", b, Const(1)), Const(4))):
+            if found := cpp.nibble(a, b, lane, ranges, names):
+                word, low, high = found
+                return word, [float((i >> low & 3) + 4 * (i >> high & 1)) for i in range(16)]
+        case Bin("add" | "sub" | "mul" as op, a, Const(value)) if inner := _small(a, ranges, names):
             change = {"add": value, "sub": -value}.get(op)
             word, values = inner
             return word, [v + change if change is not None else v * value for v in values]
         case Cast("float32", a) if a.dtype == "int32":
-            return _small(a)
+            return _small(a, ranges, names)
     return None
 
 

@@ -161,7 +161,7 @@ def test_sampling_is_reproducible(plain: Compiled, drafting: Compiled) -> None:
 
 def test_kernels_and_their_sources(plain: Compiled) -> None:
     rows = plain.kernels
-    assert all(row.keys() == {"node", "kernel", "why", "fallback", "source"} and row["source"] for row in rows)
+    assert all(row.keys() == {"node", "kernel", "why", "fallback", "role", "source"} and row["source"] for row in rows)
     assert not any(row["fallback"] for row in rows)
 
 

@@ -110,6 +110,36 @@ def _scattered(expr: Scatter, lane: sympy.Symbol, ranges: Ranges, names: Mapping
 
 def low_bits(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str] | None = None) -> str:
     """An int32 expression as a vector of which only the low bits count: what lies above need not be cut off."""
+    found = _shifted(expr, lane, ranges, names)
+    return vector(expr, lane, ranges, names) if found is None else _shift(*found)
+
+
+def nibble(
+    low: Expr, high: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str] | None = None
+) -> tuple[str, int, int] | None:
+    """Two bits of one word and one of another as low bits of a vector, and where among its lowest four each begins.
+
+    None where they are not words of the lanes' own, or the bits are not within one nibble and apart.
+    """
+    lower, upper = (_shifted(each, lane, ranges, names) for each in (low, high))
+    if lower is None or upper is None:
+        return None
+    at, bit = (fold(sympy.Mod(shift, 4), ranges) for _, shift in (lower, upper))
+    start = sympy.expand(lower[1] - at)
+    if start != sympy.expand(upper[1] - bit) or at not in (0, 1, 2) or bit not in {0, 1, 2, 3} - {at, at + 1}:
+        return None
+    word = f"either({0x11111111 << int(bit):#x}, {upper[0]}, {lower[0]})"
+    return _shift(word, start), int(at), int(bit)
+
+
+def _shift(word: str, by: sympy.Expr) -> str:
+    return word if by == 0 else f"({word} >> (int32_t)({index(by)}))"
+
+
+def _shifted(
+    expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str] | None
+) -> tuple[str, sympy.Expr] | None:
+    """A byte, shifted to the right, as a shift of the word that each lane has of its own; None where it has none."""
     shift: sympy.Expr = sympy.Integer(0)
     match expr:
         case Bin("shr", Cast("int32", Load() as load), (Index() | Const()) as by):
@@ -117,15 +147,14 @@ def low_bits(expr: Expr, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str,
         case Cast("int32", Load() as load):
             pass
         case _:
-            return vector(expr, lane, ranges, names)
+            return None
     at, shift = fold(load.index, ranges), fold(shift, ranges)
     if load.dtype != "uint8" or across(at, lane) != "words" or lane in shift.free_symbols:
-        return vector(expr, lane, ranges, names)
+        return None
     first = fold(at.subs(lane, 0), ranges)
     within = fold(sympy.Mod(first, 4), ranges)
     word = f"load_words({(names or {}).get(load.part, load.part)} + {index(sympy.expand(first - within))})"
-    by_bits = index(fold(8 * within + shift, ranges))
-    return word if by_bits == "0" else f"({word} >> (int32_t)({by_bits}))"
+    return word, fold(8 * within + shift, ranges)
 
 
 def _word(load: Load, lane: sympy.Symbol, ranges: Ranges, names: Mapping[str, str]) -> str | None:

@@ -32,6 +32,14 @@ static inline u8x64 load_bytes(const void* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// the bits of a where the mask has ones, else those of b
+static inline i32x16 either(uint32_t mask, i32x16 a, i32x16 b) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_ternarylogic_epi32(_mm512_set1_epi32((int)mask), (__m512i)a, (__m512i)b, 0xca);
+#else
+  return b ^ ((a ^ b) & (int32_t)mask);
+#endif
+}
 static inline void store(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }
 static inline f32x16 splat(float x) { return x - f32x16{}; }  // x - 0 keeps the sign of x = -0
 // a * b + c in one rounding wherever the machine can. GCC fuses this form by -ffp-contract=fast, alike in every copy of

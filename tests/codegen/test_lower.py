@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 
+from smelt.codegen.compiler import defines
 from smelt.codegen.kernels import Reference
 from smelt.codegen.lower import lower
 from smelt.codegen.plan import Plan
+from smelt.codegen.roles import slow
 from smelt.ir.cache import Select
-from smelt.ir.encoding import Affine
+from smelt.ir.encoding import Affine, Bitmap, Codebook, LowRank, Nonuniform, Sum, Tiered
 from smelt.ir.errors import SmeltError
 from smelt.ir.ops import CACHED_ATTENTION, EMBEDDING, EXPERTS, GATED, HEAD, LINEAR, OPS, QUANTIZED, arguments
 from smelt.ir.program import Program
@@ -49,9 +51,8 @@ def test_every_computed_node_has_a_kernel_and_a_reason(family: str, target: Any)
         assert not choice.fallback
     assert bool(fused) == (target == "cpp") and set(named) == plan.choices.keys() | fused
     assert named == [node.name for node in program.graph.nodes if node.name in named]
-    assert all(
-        row.keys() == {"node", "kernel", "why", "fallback", "source"} and all(map(str, row.values())) for row in rows
-    )
+    told = {"node", "kernel", "why", "fallback", "role", "source"}
+    assert all(row.keys() == told and row["role"] == "fast" and all(map(str, row.values())) for row in rows)
 
 
 def test_the_cpp_target_generates_kernels_for_the_whole_of_a_decoder() -> None:
@@ -111,6 +112,37 @@ def test_without_fallback_a_weight_is_refused_by_node_and_encoding() -> None:
     message = str(caught.value)
     assert "for 1 nodes of llama" in message and "linear" in message and "affine(bits=4, group=2" in message
     assert "choose another encoding, or allow fallback=True" in message
+
+
+def test_what_saves_memory_alone_is_told_and_refused_by_weight() -> None:
+    program, name = captured("llama"), "model.layers.1.mlp.up_proj.weight"
+    whole = program.weights[name]
+    program.weights[name] = Weight(whole.shape, *Bitmap().coded(whole.dense()))
+    (row,) = [row for row in lower(program).kernels() if row["role"] == "capacity"]
+    assert row["kernel"].startswith("gemv.bitmap") and not row["fallback"]  # it has a kernel
+    assert f"{name} as bitmap" in row["why"] and "saves memory but no time" in row["why"]
+    with pytest.raises(SmeltError, match=rf"for 1 nodes of llama, first {row['node']}: {name} as bitmap.*fallback"):
+        lower(program, fallback=False)
+    assert not lower(program, "torch", fallback=False).capacity
+
+
+def test_lossless_codes_are_fast_where_the_cpu_has_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMELT_MARCH", "x86-64-v3")
+    assert not defines("__AVX512VBMI2__") and "AVX-512 VBMI2" in (slow(Tiered()) or "")
+    monkeypatch.setenv("SMELT_MARCH", "x86-64-v4 -mavx512vbmi -mavx512vbmi2")
+    assert defines("__AVX512VBMI2__") and slow(Tiered()) is None
+    assert slow(Affine(4, 64)) is None and slow(Bitmap()) is not None
+
+
+def test_tables_are_fast_where_registers_hold_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMELT_MARCH", "x86-64-v4")
+    small, large = Nonuniform(4), Codebook(8, 8, shared=True)
+    assert slow(small) is None and "2048 entries" in (slow(large) or "")
+    assert "2048 entries" in (slow(Sum((large, LowRank(1)))) or "") and "4 products" in (
+        slow(Sum((small, LowRank(4)))) or ""
+    )
+    monkeypatch.setenv("SMELT_MARCH", "x86-64-v3")
+    assert "16 entries" in (slow(small) or "")
 
 
 def test_without_fallback_a_cache_site_is_refused_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
