@@ -13,7 +13,7 @@ from . import packing
 from .base import Encoding, Parts, stored_as
 from .expr import Bin, Cast, Const, Expr, k, n, number
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 5, 6, 8)
 AXES = ("token", "channel")
 SCALES = ("float16", "bfloat16", "float32")
 PIECE = 1 << 22  # elements encoded at once: the temporaries of a vocabulary's table would dwarf its codes
@@ -25,11 +25,11 @@ class Affine(Encoding):
 
     `axis="token"`: a group is `group` neighbours in one row (weights: inputs of one output; values: channels of one
     token), `group=0` the whole row. `axis="channel"`: a group is one column over `group` rows (keys: one channel over
-    tokens). Symmetric codes span -(2^(b-1)-1) .. 2^(b-1)-1 and are stored with offset 2^(b-1); with `zero` they span
-    0 .. 2^b-1 above the group's stored minimum. Scales are rounded to their dtype before the codes are chosen.
+    tokens). Symmetric codes span -2^(b-1) .. 2^(b-1)-1, of which `encode` leaves out the lowest, and are stored with
+    offset 2^(b-1); with `zero` they span 0 .. 2^b-1 above the group's stored minimum. A scale may be negative. Scales are rounded to their dtype before the codes are chosen.
 
-    Parts: `codes` uint8 `[..., N, K*bits/8]`, packed along the last dim (see `packing`; of 3 bits the lower two, with
-    the upper one in `high` int16 `[..., N, K/16]`); `scale` (and `zero`) `[..., N, K/group]` or `[..., N/group, K]`.
+    Parts: `codes` uint8 `[..., N, K*bits/8]`, packed along the last dim (see `packing`; of 3, 5 and 6 bits the lower two
+    or four, with the others in `high`); `scale` (and `zero`) `[..., N, K/group]` or `[..., N/group, K]`.
     """
 
     name: ClassVar[str] = "affine"
@@ -69,6 +69,11 @@ class Affine(Encoding):
         return packing.block(self.width)
 
     @property
+    def planes(self) -> int:
+        """In how many parts the bits of a code lie."""
+        return len(packing.widths(self.width))
+
+    @property
     def closes(self) -> int:
         """The tokens of a group, by channel."""
         return self.group if self.axis == "channel" else 1
@@ -88,12 +93,12 @@ class Affine(Encoding):
         if self.zero:
             levels, offset = 2**self.width - 1, 0
             zero = self._stored(low, "zero")
-            scale = self._step((high - zero.float()).clamp_min(0), levels)
+            scale = self.step((high - zero.float()).clamp_min(0), levels)
             parts = {"zero": zero.squeeze(dim)}
             codes = groups - zero.float()
         else:
             levels, offset = 2 ** (self.width - 1) - 1, 2 ** (self.width - 1)
-            scale = self._step(torch.maximum(high, -low), levels)
+            scale = self.step(torch.maximum(high, -low), levels)
             parts = {}
             codes = groups.clone()
         # where the scale is 0 the whole group is 0 above its zero, and so are its codes
@@ -164,7 +169,7 @@ class Affine(Encoding):
         """The value in the storage dtype of scales; refuses what that dtype cannot hold."""
         return stored_as(self, value, part, self.scale)
 
-    def _step(self, span: torch.Tensor, levels: int) -> torch.Tensor:
+    def step(self, span: torch.Tensor, levels: int) -> torch.Tensor:
         """`span / levels` in the storage dtype, never rounded to 0 nor far below the span.
 
         Among the subnormals of the dtype rounding down would clip the largest values by more than half a step, so

@@ -1,6 +1,7 @@
 """The step and the zero of a group of weights: what the integer codes of `Affine` are counted in.
 
-`absmax` spans every weight of a group; `mse` shrinks that span to where the error is least, by the search of GPTQ's
+`absmax` spans every weight of a group: symmetric codes reach one step further down than up, so the largest weight is
+the lowest code, by a negative scale where that weight is positive. `mse` shrinks that span to where the error is least, by the search of GPTQ's
 authors (error to the power 2.4); `hqq` moves the zero by half-quadratic splitting (Badri and Shaji, Half-Quadratic
 Quantization, 2023: p = 0.7, 20 rounds), for errors with few large parts. For ternary codes, which symmetric ones of 2
 bits are, the step can be the `mean` or the `median` magnitude (BitNet b1.58, Ma et al., 2024).
@@ -13,9 +14,10 @@ from typing import Literal
 
 import torch
 
-from ...ir.encoding import Affine
+from ...ir.encoding import Affine, packing
 from ...ir.encoding.base import stored_as
 from ...ir.errors import SmeltError
+from ...ir.weight import Weight
 
 Range = Literal["absmax", "mse", "hqq", "mean", "median"]
 
@@ -26,18 +28,22 @@ PIECE = 1 << 22  # weights that are fitted at once
 
 @dataclass(frozen=True)
 class Steps:
-    """What codes count in groups [..., g]: scales and zeros [..., 1] as stored; no zero for symmetric codes."""
+    """What codes count in groups [..., g]: scales and zeros [..., 1] as stored; no zero for symmetric codes.
+
+    even: symmetric codes leave out the lowest one, so that there are three of 2 bits.
+    """
 
     encoding: Affine
     scale: torch.Tensor
     zero: torch.Tensor | None = None
+    even: bool = False
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The nearest codes uint8, like x."""
         base = x if self.zero is None else x - self.zero.float()
         found = (base / torch.where(self.scale == 0, 1.0, self.scale.float())).round()
         half: int = 2 ** (self.encoding.width - 1)
-        low, high, offset = (1 - half, half - 1, half) if self.zero is None else (0, 2 * half - 1, 0)
+        low, high, offset = (self.even - half, half - 1, half) if self.zero is None else (0, 2 * half - 1, 0)
         return (found.clamp_(low, high) + offset).to(torch.uint8)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
@@ -77,12 +83,28 @@ def fit(x: torch.Tensor, encoding: Affine, rule: Range) -> Steps:
     return Steps(encoding, scale, torch.cat(zeros).view(shape) if zeros else None)
 
 
+def is_even(weight: Weight) -> bool:
+    """Whether a matrix of symmetric codes is without the lowest one."""
+    assert isinstance(weight.encoding, Affine)
+    return not weight.encoding.zero and bool(packing.unpack(weight.parts, weight.encoding.width, weight.shape[-1]).all())
+
+
 def encode(weight: torch.Tensor, encoding: Affine, rule: Range) -> dict[str, torch.Tensor]:
     """The parts of a matrix [..., N, K], each weight rounded to the nearest code."""
-    if rule == "absmax":
-        return encoding.encode(weight)
+    group = encoding.group or weight.shape[-1]
+    pieces = weight.reshape(-1, group).split(max(1, PIECE // group))
+    made = [(_fit(piece.float(), encoding, rule), piece) for piece in pieces]
+    codes = torch.cat([steps.codes(piece.float()) for steps, piece in made])
+    scale = torch.cat([steps.scale for steps, _ in made])
+    zeros = [steps.zero for steps, _ in made if steps.zero is not None]
+    shape = (*weight.shape[:-1], -1)
+    return encoding.parts(codes.view(weight.shape), scale.view(shape), torch.cat(zeros).view(shape) if zeros else None)
+
+
+def clipped(weight: torch.Tensor, encoding: Affine, share: float) -> dict[str, torch.Tensor]:
+    """The parts of a matrix [..., N, K], rounded over this share of its groups' spans."""
     groups = weight.float().unflatten(-1, (-1, encoding.group or weight.shape[-1]))
-    steps = fit(groups, encoding, rule)
+    steps = _span(groups, encoding, share)
     zero = None if steps.zero is None else steps.zero.squeeze(-1)
     return encoding.parts(steps.codes(groups).reshape(weight.shape), steps.scale.squeeze(-1), zero)
 
@@ -96,7 +118,7 @@ def _fit(x: torch.Tensor, encoding: Affine, rule: Range) -> Steps:
     if rule in ("mean", "median"):
         size = x.abs()
         step = size.mean(-1, keepdim=True) if rule == "mean" else size.median(-1, keepdim=True).values
-        return Steps(encoding, stored_as(encoding, step, "scale", encoding.scale))
+        return Steps(encoding, stored_as(encoding, step, "scale", encoding.scale), even=True)
     error = best.error(x, POWER)
     for i in range(1, int(SHRINKS * (1 - LEAST)) + 1):
         tried = _span(x, encoding, 1 - i / SHRINKS)
@@ -109,12 +131,12 @@ def _fit(x: torch.Tensor, encoding: Affine, rule: Range) -> Steps:
 def _span(x: torch.Tensor, encoding: Affine, share: float) -> Steps:
     """Steps over this share of the groups' spans."""
     if not encoding.zero:
-        most = x.abs().amax(-1, keepdim=True) * share
-        return Steps(encoding, stored_as(encoding, most / (2 ** (encoding.width - 1) - 1), "scale", encoding.scale))
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        size = encoding.step(torch.maximum(high, -low) * share, 2 ** (encoding.width - 1))
+        return Steps(encoding, torch.where(-low >= high, size, -size))
     low, high = x.amin(-1, keepdim=True) * share, x.amax(-1, keepdim=True) * share
     zero = stored_as(encoding, low, "zero", encoding.scale)
-    step = (high - zero.float()).clamp_min(0) / (2**encoding.width - 1)
-    return Steps(encoding, stored_as(encoding, step, "scale", encoding.scale), zero)
+    return Steps(encoding, encoding.step((high - zero.float()).clamp_min(0), 2**encoding.width - 1), zero)
 
 
 def _split(x: torch.Tensor, steps: Steps) -> Steps:

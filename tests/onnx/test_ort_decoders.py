@@ -22,7 +22,7 @@ from .ort_steps import disagreement, exported, replayed
 pytest.importorskip("onnxruntime", reason="runs what is exported in onnxruntime")
 
 EXACT = 1e-3  # the cache is float32 there and float16 here; all else differs by 1e-4
-ROUNDING = 2e-2  # of one step; codes of activations turn with the last bit, in the Program's own kernels too
+ROUNDING = 3e-2  # of one step; codes of activations turn with the last bit, in the Program's own kernels too
 GENAI = "SMELT_TEST_GENAI"  # a Python that has onnxruntime-genai, if this one has not
 ASK = """
 import json, sys, onnxruntime_genai as genai

@@ -17,7 +17,7 @@ from smelt.passes.weights import gptq
 from smelt.passes.weights._gptq import solve
 from smelt.passes.weights._matrices import siblings
 from smelt.passes.weights._moments import Attended
-from smelt.passes.weights._range import Steps, encode, fit
+from smelt.passes.weights._range import encode, fit
 from smelt.passes.weights.gptq import Gptq
 
 from ..families import captured, random_tokens
@@ -89,14 +89,27 @@ def test_ranges_lower_the_error_that_they_are_fitted_to() -> None:
 
 def test_steps_are_those_of_the_encoding() -> None:
     x = matrix(8, 64)
+    groups = x.unflatten(1, (2, 32))
     for zero in (False, True):
         encoding = Affine(4, 32, zero=zero)
-        held = encoding.alone(x)
-        steps = fit(x.unflatten(1, (2, 32)), encoding, "absmax")
-        assert torch.equal(
-            steps.values(steps.codes(x.unflatten(1, (2, 32)))).view_as(x), encoding.decode(held, (8, 64))
-        )
-    assert isinstance(steps, Steps)
+        steps = fit(groups, encoding, "absmax")
+        held = encoding.decode(encode(x, encoding, "absmax"), (8, 64))
+        assert torch.equal(steps.values(steps.codes(groups)).view_as(x), held)
+        if zero:
+            assert torch.equal(held, encoding.decode(encoding.alone(x), (8, 64)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_largest_weight_is_the_lowest_code(bits: int) -> None:
+    encoding = Affine(bits, 64)
+    groups = matrix(64, 64)
+    steps = fit(groups, encoding, "absmax")
+    largest, codes = groups.abs().argmax(1, keepdim=True), steps.codes(groups)
+    assert not codes.gather(1, largest).any() and 0 < (steps.scale > 0).sum() < 64
+    torch.testing.assert_close(steps.values(codes).gather(1, largest), groups.gather(1, largest), rtol=1e-3, atol=0)
+    plain = encoding.decode(encoding.alone(groups), (64, 64))  # which leaves that code out
+    error, theirs = ((value - groups).square().mean() for value in (steps.values(codes), plain))
+    assert error < 0.9 * theirs
 
 
 def test_singular_moments_are_damped_and_dead_inputs_do_not_matter() -> None:
