@@ -14,7 +14,7 @@ from .choice import ChoicePlan
 from .decode import DecodePlan
 from .depth import DepthPlan
 from .errors import SmeltError, nearest
-from .weight import Weight
+from .weight import Upon, Weight
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Program:
     choice: ChoicePlan | None = None
     depth: DepthPlan | None = None  # which of its blocks run for what token
     draft: Program | None = None  # a smaller decoder of the same tokens, which drafts for this one
+    base: Program | None = None  # the model that this one was fine-tuned from, upon whose weights its own may stand
     history: tuple[Record, ...] = ()
     origin: dict[str, Record] = field(default_factory=dict)  # the step that last changed a weight or a plan
     touched: set[str] = field(default_factory=set)  # what the running pass changed; the manager turns it into origins
@@ -69,6 +70,12 @@ class Program:
             touched=set(),
             draft=self.draft and self.draft.fork(),
         )
+
+    def merged(self) -> Program:
+        """The same, with all weights that stand upon those of the base by themselves; itself where none does."""
+        if not any(isinstance(weight.parts, Upon) for weight in self.weights.values()):
+            return self
+        return replace(self, weights={name: weight.merged() for name, weight in self.weights.items()})
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -125,6 +132,6 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Measured bytes of all weights, a draft model's own among them."""
+        """Measured bytes of all weights, a draft model's own among them, those of the base not."""
         held = {id(w): w for program in (self, self.draft) if program for w in program.weights.values()}
         return sum(w.nbytes for w in held.values())

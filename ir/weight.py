@@ -51,6 +51,33 @@ class Transposed(Mapping[str, torch.Tensor]):
         return len(self.parts)
 
 
+@dataclass(frozen=True)
+class Upon(Mapping[str, torch.Tensor]):
+    """Parts of what stands upon the weight `name` of another program: that weight's, and its `own`.
+
+    The encoding is a sum that begins with the other weight's, whose parts have `a_` before their names; without own
+    parts it is the other weight's.
+    """
+
+    name: str
+    base: Weight
+    own: Mapping[str, torch.Tensor]
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        return self.own[part] if part in self.own else self.base.parts[part.removeprefix(self._lead)]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (self._lead + part for part in self.base.parts)
+        yield from self.own
+
+    def __len__(self) -> int:
+        return len(self.base.parts) + len(self.own)
+
+    @property
+    def _lead(self) -> str:
+        return "a_" if self.own else ""
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A logical tensor `shape` stored as `parts` of `encoding`."""
@@ -73,14 +100,32 @@ class Weight:
         return Weight(self.shape, encoding, encoding.alone(self.dense()))
 
     @property
+    def own(self) -> Mapping[str, torch.Tensor]:
+        """The parts without those of a weight that it stands upon."""
+        return self.parts.own if isinstance(self.parts, Upon) else self.parts
+
+    @property
     def bits(self) -> int:
-        """Stored bits by the encoding's formula."""
-        return int(self.encoding.stored_bits(self.shape) + self.encoding.table_bits(self.shape))
+        """Stored bits by the encoding's formula, of the own parts."""
+        return self._formula() - (self.parts.base._formula() if isinstance(self.parts, Upon) else 0)
 
     @property
     def nbytes(self) -> int:
-        """Measured bytes of the parts."""
-        return sum(part.numel() * part.element_size() for part in self.parts.values())
+        """Measured bytes of the own parts."""
+        return sum(part.numel() * part.element_size() for part in self.own.values())
+
+    def merged(self) -> Weight:
+        """What stands upon another weight by itself: dense, in that one's type or float16; all else as it is."""
+        if not isinstance(self.parts, Upon):
+            return self
+        base = self.parts.base.merged()
+        if not self.parts.own:
+            return base
+        kind = base.encoding.dtype if isinstance(base.encoding, Dense) else "float16"
+        return Weight.of(self.dense(getattr(torch, kind)))
+
+    def _formula(self) -> int:
+        return int(self.encoding.stored_bits(self.shape) + self.encoding.table_bits(self.shape))
 
     def digest(self) -> str:
         """A content hash over encoding, shape and bytes."""

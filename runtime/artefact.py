@@ -2,6 +2,7 @@
 
 Nothing in it is executed or unpickled: the program is parsed against a fixed table of ops, weights are mapped. Every
 byte is under a hash. A folder appears whole or not at all: it is written beside its place and moved there.
+Of weights that stand upon those of a base, it holds what they add, and the hash of what they stand upon.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from ..ir.errors import SmeltError
 from ..ir.folders import sha256, whole
 from ..ir.program import Program
 from ..ir.text import parse_program, print_program
-from ..ir.weight import Mapped, Weight
+from ..ir.weight import Mapped, Upon, Weight
 
 FORMAT = 1
 MANIFEST, SEAL, PROGRAM, WEIGHTS = "manifest.json", "manifest.sha256", "program.txt", "weights.safetensors"
 TABLES = "cache.safetensors"  # calibrated tables of the cache's encodings
 DRAFTS = "decode.safetensors"  # tables of drafters
 CHOICES = "choice.safetensors"  # tables of searches
+DIGITS = 12  # of a hash that are shown
 DRAFT = "draft."  # begins the names of a draft model's files
 
 
@@ -47,10 +49,12 @@ def save(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Map
         _write(draft, program, assets, facts)
 
 
-def load(folder: Path) -> tuple[Program, dict[str, Any]]:
+def load(folder: Path, base: Program | None = None) -> tuple[Program, dict[str, Any]]:
     """The program, its weights mapped from the folder, and the manifest. Every file is checked against its hash.
 
-    Raises SmeltError naming the file that is missing, altered, of another format, or not listed.
+    base: the program upon whose weights those of the artefact stand, if they do.
+    Raises SmeltError naming the file that is missing, altered, of another format, or not listed, and for a base that is
+    missing or another.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -65,7 +69,7 @@ def load(folder: Path) -> tuple[Program, dict[str, Any]]:
         for name in sorted(manifest["files"].keys() - {WEIGHTS}):
             _check(folder, manifest, name)
         try:
-            program = _read(folder, manifest)
+            program = _read(folder, manifest, base)
         finally:
             weights.result()  # damaged weights are called so, whatever else they made fail
     return program, manifest
@@ -78,16 +82,44 @@ def _check(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _read(folder: Path, manifest: Mapping[str, Any]) -> Program:
+def _check_base(folder: Path, manifest: Mapping[str, Any], base: Program | None) -> None:
+    told = manifest.get("base")
+    if told is None:
+        if base is not None:
+            raise SmeltError(f"{folder}: stands upon no base; leave it out")
+        return
+    wanted = f"{told['name']}, whose weights hash to {told['digest'][:DIGITS]}"
+    if base is None:
+        raise SmeltError(f"{folder}: holds only what its model adds to {wanted}; name that model with base= or --base")
+    names = _upon(manifest[key] for key in ("weights", "draft") if key in manifest)
+    lacking = sorted(names - base.weights.keys())
+    found = f"has no {lacking[0]}" if lacking else f"hashes to {_digest(base, names)[:DIGITS]}"
+    if lacking or _digest(base, names) != told["digest"]:
+        raise SmeltError(f"{folder}: stands upon {wanted}, but the base given is {base.name}, which {found}")
+
+
+def _upon(tables: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The weights of the base that the manifest's tables name."""
+    return {entry["upon"] for table in tables for entry in table.values() if "upon" in entry}
+
+
+def _digest(base: Program, names: Collection[str]) -> str:
+    """A hash of these weights of a base, as they are stored."""
+    return hashlib.sha256("".join(f"{n} {base.weights[n].digest()}\n" for n in sorted(names)).encode()).hexdigest()
+
+
+def _read(folder: Path, manifest: Mapping[str, Any], base: Program | None) -> Program:
     for path in sorted(folder.glob("*.json")):  # a tokenizer would read it
         if path.name not in {MANIFEST, *manifest["files"]}:
             raise SmeltError(f"{path}: not a file of the artefact, which is sealed; remove it")
     try:
-        weights = _weights(folder, manifest["weights"], WEIGHTS, {})
-        drafting = _weights(folder, manifest["draft"], DRAFT + WEIGHTS, weights) if "draft" in manifest else None
+        _check_base(folder, manifest, base)
+        weights = _weights(folder, manifest["weights"], WEIGHTS, {}, base)
+        drafting = _weights(folder, manifest["draft"], DRAFT + WEIGHTS, weights, base) if "draft" in manifest else None
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise SmeltError(f"{folder / MANIFEST}: its table of weights cannot be read ({fault!r})") from fault
     program = _program(folder, manifest, weights, "")
+    program.base = base
     if drafting is not None:
         program.draft = _program(folder, manifest, drafting, DRAFT)
     return program
@@ -162,6 +194,9 @@ def _write(folder: Path, program: Program, assets: Mapping[str, bytes], facts: M
     for name, content in assets.items():
         (folder / name).write_bytes(content)
     files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    names = _upon(tables.values())
+    if names and program.base is not None:
+        facts = {**facts, "base": {"name": program.base.name, "digest": _digest(program.base, names)}}
     _seal(folder, {**facts, "format": FORMAT, **tables, "files": files})
 
 
@@ -183,11 +218,15 @@ def _write_program(folder: Path, program: Program, lead: str, shared: Mapping[in
 
 
 def _table(program: Program, shared: Mapping[int, str]) -> dict[str, dict[str, Any]]:
-    """What the manifest says of weights; `of` names the weight of the model itself that a draft model shares."""
+    """What the manifest says of weights.
+
+    `of` names the weight of the model itself that a draft model shares, `upon` that of the base, which is not written.
+    """
     return {
         name: {"of": shared[id(w)]}
         if id(w) in shared
-        else {"shape": list(w.shape), "encoding": w.encoding.spec(), "parts": sorted(w.parts)}
+        else {"shape": list(w.shape), "encoding": w.encoding.spec(), "parts": sorted(w.own)}
+        | ({"upon": w.parts.name} if isinstance(w.parts, Upon) else {})
         for name, w in program.weights.items()
     }
 
@@ -197,7 +236,7 @@ def _tensors(weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     taken: set[int] = set()
     for name, weight in weights.items():
-        for part, value in weight.parts.items():
+        for part, value in weight.own.items():
             tensor = value.detach().contiguous()
             at = tensor.untyped_storage().data_ptr()
             out[f"{name}/{part}"] = tensor.clone() if at in taken else tensor
@@ -205,7 +244,9 @@ def _tensors(weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
     return out
 
 
-def _weights(folder: Path, table: Mapping[str, Any], file: str, shared: Mapping[str, Weight]) -> dict[str, Weight]:
+def _weights(
+    folder: Path, table: Mapping[str, Any], file: str, shared: Mapping[str, Weight], base: Program | None
+) -> dict[str, Weight]:
     """The weights that the manifest lists, mapped; each must have the bits of its shape and encoding."""
     path = folder / file
     stored = read_header(path)
@@ -217,7 +258,10 @@ def _weights(folder: Path, table: Mapping[str, Any], file: str, shared: Mapping[
         keys = {part: (path, f"{name}/{part}") for part in entry["parts"]}
         if missing := [key for _, key in keys.values() if key not in stored]:
             raise SmeltError(f"{path}: has no tensor '{missing[0]}'")
-        weight = Weight(tuple(map(int, entry["shape"])), parse_encoding(entry["encoding"]), Mapped(keys))
+        parts: Mapping[str, torch.Tensor] = Mapped(keys)
+        if base is not None and "upon" in entry:
+            parts = Upon(entry["upon"], base.weights[entry["upon"]], parts)
+        weight = Weight(tuple(map(int, entry["shape"])), parse_encoding(entry["encoding"]), parts)
         held = [stored[key] for _, key in keys.values()]
         bits = 8 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in held)
         if bits != weight.bits:

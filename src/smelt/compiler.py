@@ -22,7 +22,7 @@ from .ir.capture import capture
 from .ir.errors import SmeltError
 from .ir.program import Program
 from .ir.shapes import derive
-from .model import Compiled, check_device, load
+from .model import Compiled, base_program, check_device, load
 from .passes import catalogue
 from .passes.events import Event, ignore
 from .passes.manager import run
@@ -54,6 +54,7 @@ def compile(
     stop_after: str | None = None,
     anew: bool = False,
     draft: Compiled | str | Path | None = None,
+    base: Compiled | str | Path | None = None,
 ) -> Compiled:
     """Compile `model` by `recipe`.
 
@@ -71,6 +72,7 @@ def compile(
     and no step runs; `SMELT_KEEP=0` keeps nothing.
     draft: a smaller compiled model of the same tokenizer, or its artefact, which drafts where the recipe has the step
     decode.draft.
+    base: the model that `model` was fine-tuned from, in any of these forms, where the recipe has weights.residual.
     Raises SmeltError for anything wrong with what was given.
     """
     check_device(target)
@@ -79,7 +81,8 @@ def compile(
         draft = load(draft, target)
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, catalogue(), overrides)
     words = tokenizer if tokenizer is not None else model
-    whole = stop_after is None and example is None and draft is None  # what is kept are whole recipes on files alone
+    # what is kept are whole recipes on files alone
+    whole = all(each is None for each in (stop_after, example, draft, base))
     key = kept.key(resolved.digest(), (model, words), calibration, train) if whole else None
     if key is not None and not anew and (found := kept.find(key)) is not None:
         return Compiled(found.program, found.facts, model_assets(words), target, fallback, found.report)
@@ -96,6 +99,8 @@ def compile(
             program.facts["token_breaks"] = Tokenizer(assets.folder).breaks()
     if draft is not None:
         program.draft = _drafting(draft, assets)
+    if base is not None:
+        program.base = base_program(base)
     given = samples(calibration, train, assets.folder, program.facts, checkpoints)
     if given is not None:
         given = replace(given, clock=partial(_step_time, target, fallback))

@@ -60,8 +60,9 @@ class Compiled:
         report: Report | None = None,
     ) -> None:
         """`facts`: what the manifest says of recipe, calibration and report."""
-        self.program, self.facts, self.assets, self.report = program, dict(facts), assets, report
-        self.plan: Plan = lower(program, target, fallback)
+        self.program, self.facts, self.assets, self.report = program.merged(), dict(facts), assets, report
+        self.plan: Plan = lower(self.program, target, fallback)
+        self._stored = program.weights
         self._decoded: dict[str, torch.Tensor] = {}
         self._bound: dict[tuple[torch.Size, ...], Bound] = {}
         self._idle: Session | None = None
@@ -77,6 +78,11 @@ class Compiled:
                 f"{self.program.name} was compiled without a tokenizer: pass token ids, or tokenizer=FOLDER to compile"
             )
         return Tokenizer(self.assets.folder)
+
+    @property
+    def stored(self) -> Program:
+        """The program as `save` writes it, which of weights upon a base is what they add; `program` has them merged."""
+        return replace(self.program, weights=self._stored)
 
     @property
     def kernels(self) -> list[dict[str, Any]]:
@@ -237,7 +243,7 @@ class Compiled:
         facts.pop("certificate", None)  # which is of the files that were measured
         if self.report is not None:
             facts["report"] = self.report.to_dict()
-        artefact.save(Path(folder), self.program, self.assets.files, facts)
+        artefact.save(Path(folder), self.stored, self.assets.files, facts)
 
     def export_onnx(
         self,
@@ -349,17 +355,29 @@ def check_device(target: Target) -> None:
         device()
 
 
-def load(folder: str | Path, target: Target = "cpp") -> Compiled:
+def load(folder: str | Path, target: Target = "cpp", *, base: Compiled | str | Path | None = None) -> Compiled:
     """Read an artefact; hashes are checked, nothing is executed, the original model's code is not needed.
 
-    target: whose kernels run it, as in `compile`.
+    target: whose kernels run it, as in `compile`. base: as in `compile`, for an artefact that stands upon one.
     """
     check_device(target)
     folder = Path(folder)
-    program, manifest = artefact.load(folder)
+    program, manifest = artefact.load(folder, None if base is None else base_program(base))
     files = {name: (folder / name).read_bytes() for name in NAMES if name in manifest["files"]}
-    facts = {key: value for key, value in manifest.items() if key not in ("format", "weights", "draft", "files")}
+    told = ("format", "weights", "draft", "base", "files")  # of what is made anew whenever it is saved
+    facts = {key: value for key, value in manifest.items() if key not in told}
     return Compiled(program, facts, Assets(folder if files.keys() - {CONFIG} else None, files), target)
+
+
+def base_program(base: Compiled | str | Path) -> Program:
+    """The program that a fine-tuned model stands upon: of a compiled model, an artefact, a model folder or hub id."""
+    from .ir.capture import capture  # an artefact needs no model code
+
+    if isinstance(base, Compiled):
+        return base.stored
+    if (Path(base) / artefact.MANIFEST).is_file():
+        return artefact.load(Path(base))[0]
+    return capture(base)
 
 
 def _push(decoding: Writer, streams: list[Stream], number: int, tokens: list[int]) -> str:

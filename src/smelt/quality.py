@@ -204,7 +204,7 @@ class Meter:
 
     def _bits_per_weight(self) -> float:
         assert self.source is not None
-        return 8 * self.compiled.program.nbytes / self.source.parameters
+        return 8 * self.compiled.stored.nbytes / self.source.parameters
 
     def _parameters_ratio(self) -> float:
         assert self.source is not None

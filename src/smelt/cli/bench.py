@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .output import Base
 from .run import check_decoder
 from .show import columns, emit, size, waiting
 from .verify import read_text
@@ -30,6 +31,7 @@ def bench(
     prompts: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is asked.")] = 3,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Where prompts are taken from.")] = None,
+    base: Base = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time OUT, alone or against another.
@@ -48,7 +50,7 @@ def bench(
 
         if against and against[0] not in KINDS:
             raise SmeltError(f"--against {' '.join(against)}: say `hf MODEL` or `smelt OUT`")
-        compiled = load(out)
+        compiled = load(out, base=base)
         check_decoder(compiled)
         if prompt_tokens + new_tokens > compiled.context:
             raise SmeltError(f"{prompt_tokens} + {new_tokens} tokens exceed the model's context of {compiled.context}")

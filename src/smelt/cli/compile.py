@@ -48,6 +48,10 @@ def compile_(
         Path | None,
         typer.Option(metavar="OUT", help="Artefact of a smaller model, which drafts where the recipe asks."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Model or artefact that MODEL was fine-tuned from: weights.residual."),
+    ] = None,
     target: Annotated[
         str, typer.Option(help="cpp: generated kernels; triton: those for GPUs; torch: the reference.")
     ] = "cpp",
@@ -86,7 +90,8 @@ def compile_(
         else:
             compiled = _write(
                 out, model, resolved, calibration, train, checkpoints, stop_after, target, no_fallback,
-                _listener(line.tell, print_after or [], graphs), keep_failed, bool(print_after or debug.level()), draft,
+                _listener(line.tell, print_after or [], graphs), keep_failed, bool(print_after or debug.level()),
+                draft, base,
             )  # fmt: skip
     if out is None or bisect:
         _tell_bisection(found, json)
@@ -139,6 +144,7 @@ def _write(
     keep_failed: bool,
     anew: bool,
     draft: Path | None,
+    base: str | None,
 ) -> Compiled:
     """Compile and save; `anew`: steps are to be seen, so that they must run."""
     from .. import debug
@@ -149,7 +155,7 @@ def _write(
         compiled = compile_model(
             model, recipe, calibration=calibration, train=train, checkpoints=checkpoints,
             target=target, fallback=not no_fallback,  # type: ignore[arg-type]
-            listen=listen, stop_after=stop_after, anew=anew, draft=draft,
+            listen=listen, stop_after=stop_after, anew=anew, draft=draft, base=base,
         )  # fmt: skip
     debug.tell_kernels(compiled.plan)
     try:
@@ -228,7 +234,9 @@ def _tell_bisection(found: Bisection, json: bool) -> None:
 
 def _tell(compiled: Compiled, out: Path, graphs: list[tuple[str, str]], json: bool) -> None:
     written = sum(path.stat().st_size for path in out.iterdir())
-    slow = [row for row in compiled.kernels if row["fallback"]]
+    kernels = compiled.kernels
+    slow = [row for row in kernels if row["fallback"]]
+    capacity = [row for row in kernels if row["role"] == "capacity" and not row["fallback"]]
     assert compiled.report is not None
     if json:
         emit(
@@ -238,6 +246,7 @@ def _tell(compiled: Compiled, out: Path, graphs: list[tuple[str, str]], json: bo
                 "recipe": compiled.facts["recipe"],
                 "report": compiled.report.to_dict(),
                 "fallbacks": [{"node": row["node"], "why": row["why"]} for row in slow],
+                "capacity": [{"node": row["node"], "why": row["why"]} for row in capacity],
                 "graphs": dict(graphs),
             }
         )
@@ -246,6 +255,7 @@ def _tell(compiled: Compiled, out: Path, graphs: list[tuple[str, str]], json: bo
         print(f"# behind {name}\n{graph}")
     print(compiled.report)
     print(f"{out}: {size(written)}")
-    if slow:
-        note(f"no fast kernel for {len(slow)} nodes, which run as torch ops (--no-fallback refuses them):")
-        note(columns([(row["node"], row["why"]) for row in slow[:5]], indent="  "))
+    for rows, what in ((slow, "run as torch ops"), (capacity, "save memory but no time")):
+        if rows:
+            note(f"no fast kernel for {len(rows)} nodes, which {what} (--no-fallback refuses them):")
+            note(columns([(row["node"], row["why"]) for row in rows[:5]], indent="  "))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .output import Base
 from .show import emit, waiting
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def export(
     int8_activations: Annotated[
         bool, typer.Option("--int8-activations", help="Style ort: round activations to 8 bits, faster and less exact.")
     ] = False,
+    base: Base = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Export an artefact and check what was written by running it.
@@ -54,11 +56,11 @@ def export(
             raise SmeltError("--style and --int8-activations are of --to onnx: leave them out")
         check_place(out)
         if to == "hf":
-            folder = load(artefact).export_hf(out, check=not no_check, allow_decoded=allow_decoded)
+            folder = load(artefact, base=base).export_hf(out, check=not no_check, allow_decoded=allow_decoded)
             emit(_told(folder)) if json else print(folder)
             return
         options = {"int8_activations": True} if int8_activations else {}
-        done = load(artefact).export_onnx(
+        done = load(artefact, base=base).export_onnx(
             out, style, check=not no_check, allow_decoded=allow_decoded, progress=line.say, **options
         )
     if not json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import check_target
+from .output import Base, check_target
 from .show import columns, emit, number, size, waiting
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def inspect_(
     kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernel of each node and why.")] = False,
     tokens: Annotated[int, typer.Option(min=0, help="New tokens of the step that --kernels times; 0: none.")] = 1,
     target: Annotated[str, typer.Option(help="Whose kernels: cpp, triton or torch.")] = "cpp",
+    base: Base = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show sizes, costs, graph and kernels.
@@ -45,12 +46,12 @@ def inspect_(
         from ..ir.cost import cost
         from ..ir.text import print_program
 
-        program, manifest = _read(what)
+        program, manifest = _read(what, base)
         known = {"recipe": (manifest.get("recipe") or {}).get("name"), "certificate": manifest.get("certificate")}
         told = {**_sizes(program), **known, "cost": _formulas(cost(program))}
         if program.facts.get("kind") == "decoder":
             told["cost_of_a_token"] = cost(program).evaluate(B=1, T=1, S=CONTEXT)._asdict()
-        plan = lower(program, target) if kernels else None  # type: ignore[arg-type]  # checked above
+        plan = lower(program.merged(), target) if kernels else None  # type: ignore[arg-type]  # checked above
         text = print_program(program) if graph else ""
         taken = _timings(plan, tokens) if plan else []
     if json:
@@ -68,14 +69,15 @@ def inspect_(
         print(text, end="")
 
 
-def _read(what: str) -> tuple[Program, dict[str, Any]]:
+def _read(what: str, base: str | None) -> tuple[Program, dict[str, Any]]:
     """The program, and the manifest of an artefact."""
     from ..ir.capture import capture
     from ..ir.shapes import derive
+    from ..model import base_program
     from ..runtime import artefact
 
     if (Path(what) / artefact.MANIFEST).is_file():
-        return artefact.load(Path(what))
+        return artefact.load(Path(what), None if base is None else base_program(base))
     program = capture(what)
     derive(program)
     return program, {}
@@ -206,8 +208,8 @@ def _bits(row: dict[str, int]) -> str:
 
 
 def _tell_kernels(plan: Plan) -> None:
-    rows = [(r["node"], r["kernel"], "fallback" if r["fallback"] else "", r["why"]) for r in plan.kernels()]
-    print("\n" + columns([("node", "kernel", "", "why"), *rows]))
+    rows = [(r["node"], r["kernel"], "fallback" if r["fallback"] else r["role"], r["why"]) for r in plan.kernels()]
+    print("\n" + columns([("node", "kernel", "role", "why"), *rows]))
 
 
 def _timings(plan: Plan, tokens: int) -> list[Timing]:

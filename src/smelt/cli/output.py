@@ -1,9 +1,16 @@
-"""What is asked before the work, not after: can an artefact be written to a place, and is there such a target."""
+"""What is asked before the work, not after: where an artefact goes, and what else it needs to be read."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Base = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The model or artefact that OUT was stored as a change of.")
+]
 
 
 def check_output(folder: Path) -> None:

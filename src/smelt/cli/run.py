@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import check_target
+from .output import Base, check_target
 from .show import note, size, waiting
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def run(
     ] = False,
     ids: Annotated[bool, typer.Option("--ids", help="PROMPT and what is printed are token ids: 1,2,3.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and steps to stderr.")] = False,
+    base: Base = None,
     target: Annotated[
         str, typer.Option(help="cpp: generated kernels; triton: those for GPUs; torch: the reference.")
     ] = "cpp",
@@ -67,7 +68,7 @@ def run(
         from .. import load
 
         check_target(target)
-        compiled = load(out, target)  # type: ignore[arg-type]  # checked
+        compiled = load(out, target, base=base)  # type: ignore[arg-type]  # checked
         check_decoder(compiled)
         text = sys.stdin.read() if prompt == "-" else prompt
         asked = _ids(text) if ids else compiled.tokenizer.encode(text)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .output import Base
 from .run import check_decoder
 from .show import columns, emit, waiting
 from .verify import read_text
@@ -17,6 +18,7 @@ def tune(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text like what will be asked; default: the standard library.")
     ] = None,
+    base: Base = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fit speculation to this machine.
@@ -32,7 +34,7 @@ def tune(
         from ..model import load
         from ..tune import tune as fit
 
-        compiled = load(out)
+        compiled = load(out, base=base)
         check_decoder(compiled)
         prompts = read_text(compiled, text).prompts
         found = fit(compiled, prompts, lambda now, total: line.say("measuring", now, total))

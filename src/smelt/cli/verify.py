@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .output import Base
 from .run import check_decoder
 from .show import columns, emit, number, waiting
 
@@ -27,6 +28,7 @@ def verify(
         Path | None, typer.Option(metavar="FILE", help="Held-out text; default: files of the standard library.")
     ] = None,
     no_certificate: Annotated[bool, typer.Option("--no-certificate", help="Leave OUT as it is.")] = False,
+    base: Base = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure what OUT promises once more.
@@ -46,7 +48,7 @@ def verify(
         from ..verify import certificate, is_reference
         from ..verify import verify as checks
 
-        compiled = load(out)
+        compiled = load(out, base=base)
         check_decoder(compiled)
         held_out = read_text(compiled, text)
         line.say("capturing the source model")
