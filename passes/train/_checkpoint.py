@@ -27,8 +27,8 @@ SHARE = 20  # saving takes at most one part of so many of the time
 class State:
     """A training after `step` updates; `since` and `summed` count and sum the losses behind the last point of `curve`.
 
-    `moments` are the optimizer's, `best` the weights of the lowest held-out loss, after `kept` updates. It is `torn`
-    while these do not belong together.
+    `moments` are the optimizer's of those that ask for gradients, `best` the weights of the lowest held-out loss, after
+    `kept` updates. It is `torn` while these do not belong together.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -53,7 +53,7 @@ def fresh(weights: Mapping[str, torch.Tensor], held: float) -> State:
     """Before the first update; `held` is the held-out loss of the weights as they are."""
     return State(
         weights,
-        {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in weights.items()},
+        {n: (torch.zeros_like(value), torch.zeros_like(value)) for n, value in weights.items() if value.requires_grad},
         {name: value.detach().clone() for name, value in weights.items()},
         [(0, None, held)],
     )

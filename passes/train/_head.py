@@ -46,13 +46,24 @@ class Head:
         out: torch.Tensor = HEAD_CROSS_ENTROPY.target(state, weight, tokens, bias)
         return out
 
-    def entropy_with(self, state: torch.Tensor, tokens: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """The cross-entropy [N] in nats behind states [N, K] with laws over a few tokens each, [N, k]."""
+    def entropy_with(
+        self, state: torch.Tensor, tokens: torch.Tensor, shares: torch.Tensor, *, rest: bool = False
+    ) -> torch.Tensor:
+        """The cross-entropy [N] in nats behind states [N, K] with laws over a few tokens each, [N, k].
+
+        rest: what the shares lack of 1 is that of all other tokens together, which count as one more.
+        """
         weight, bias = self._dense()
         scores = (weight[tokens] @ state[..., None])[..., 0]
         if bias is not None:
             scores = scores + bias[tokens]
-        return self.entropy(state, tokens[:, 0].contiguous()) + scores[:, 0] - (shares * scores).sum(-1)
+        whole = self.entropy(state, tokens[:, 0].contiguous()) + scores[:, 0]  # log Σ exp over the vocabulary
+        found = whole - (shares * scores).sum(-1)
+        if not rest:
+            return found
+        left = 1 - shares.sum(-1)
+        named = (scores.logsumexp(-1) - whole).clamp_max(-1e-6)  # log of what the few tokens have
+        return found - left * (whole + named.expm1().neg().log())
 
     def _dense(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.weight.dense(), None if self.bias is None else self.bias.dense()

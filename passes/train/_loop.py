@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ class Learner(Protocol):
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """By name, float32, each a leaf that asks for gradients; they are changed in place."""
+        """By name; float32 leaves that ask for gradients, and what else is kept with them; all are changed in place."""
         ...
 
     def loss(self, windows: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
@@ -105,12 +105,19 @@ def identity(program: Program, options: Pass, samples: Samples) -> dict[str, Any
 
 
 def train(
-    learner: Learner, count: int, course: Course, samples: Samples, what: str, identity: Mapping[str, Any]
+    learner: Learner,
+    count: int,
+    course: Course,
+    samples: Samples,
+    what: str,
+    identity: Mapping[str, Any],
+    settle: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Leave in the learner the weights of the lowest held-out loss; `count` windows of text are there to learn from.
 
     what: is trained, for progress and errors. identity: JSON values that decide the outcome, so that a checkpoint is
-    taken up by the same training and by no other. Raises SmeltError for a checkpoint that is not this training's.
+    taken up by the same training and by no other. settle: ends each update; it may change the weights, and those that
+    ask for no gradients are left to it. Raises SmeltError for a checkpoint that is not this training's.
     """
     checkpoint = Checkpoint.of(samples.checkpoints, what, identity)
     state = checkpoint.load(learner.weights) if checkpoint else None
@@ -124,7 +131,7 @@ def train(
         samples.progress(state.step, course.steps, f"training {what}")
     try:
         for step in range(state.step + 1, course.steps + 1):
-            _update(learner, optimizer, course, step, count, state)
+            _update(learner, optimizer, course, step, count, state, settle)
             if step in checks:
                 _check(learner, state)
             if checkpoint and (checkpoint.due() or step == course.steps):
@@ -148,7 +155,13 @@ def store(learner: Learner, weights: dict[str, Weight]) -> None:
 
 
 def _update(
-    learner: Learner, optimizer: torch.optim.Optimizer, course: Course, step: int, count: int, state: State
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    course: Course,
+    step: int,
+    count: int,
+    state: State,
+    settle: Callable[[], None],
 ) -> None:
     for group in optimizer.param_groups:
         group["lr"] = course.rate_at(step)
@@ -158,6 +171,7 @@ def _update(
     state.torn = True
     optimizer.step()
     optimizer.zero_grad()
+    settle()
     state.step, state.since, state.summed = step, state.since + 1, state.summed + float(loss.detach())
     state.torn = False
 
@@ -177,9 +191,9 @@ def _check(learner: Learner, state: State) -> None:
 
 def _optimizer(weights: Mapping[str, torch.Tensor], state: State) -> torch.optim.Optimizer:
     """AdamW that reads and writes the moments of `state`."""
-    optimizer = torch.optim.AdamW(weights.values(), betas=BETAS, weight_decay=0.0, fused=True)
-    for name, value in weights.items():
-        first, second = state.moments[name]
+    asking = [weights[name] for name in state.moments]
+    optimizer = torch.optim.AdamW(asking, betas=BETAS, weight_decay=0.0, fused=True)
+    for value, (first, second) in zip(asking, state.moments.values(), strict=True):
         done = torch.tensor(float(state.step))
         optimizer.state[value] = {"step": done, "exp_avg": first, "exp_avg_sq": second}
     return optimizer

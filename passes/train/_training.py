@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,9 +45,21 @@ class Training(Pass):
         """Text to train on."""
         return "text"
 
-    def train(self, learner: Learner, windows: Sized, program: Program, samples: Samples, what: str) -> Trained:
-        """Leave in the learner the weights that do best on held-out text; it learns from these windows of `program`."""
-        return train(learner, len(windows), self._course(), samples, what, identity(program, self, samples))
+    def train(
+        self,
+        learner: Learner,
+        windows: Sized,
+        program: Program,
+        samples: Samples,
+        what: str,
+        settle: Callable[[], None] = lambda: None,
+    ) -> Trained:
+        """Leave in the learner the weights that do best on held-out text; it learns from these windows of `program`.
+
+        settle: ends each update.
+        """
+        whose = identity(program, self, samples)
+        return train(learner, len(windows), self._course(), samples, what, whose, settle)
 
     def _course(self) -> Course:
         return Course(self.steps, self.batch, self.rate, seed=self.seed, checks=self.checks)

@@ -1,7 +1,7 @@
 """Weights that learn: vectors and dense matrices as they are, encoded ones by scales and tables, or through codes.
 
-Codes learn by the straight-through estimator: the loss sees the rounded weight, its gradient moves the weight that is
-rounded. With the scale learning too, its gradient is that of Learned Step Size Quantization (Esser et al., 2020).
+Integers learn by the straight-through estimator: the loss sees the rounded weight, its gradient moves the weight that
+is rounded. With the scale learning too, its gradient is that of Learned Step Size Quantization (Esser et al., 2020).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ...ir.ops import LAYER_NORM, LINEAR, RMS_NORM, is_op
 from ...ir.program import Program
 from ...ir.weight import Weight
 from ..weights._matrices import matrices
-from ..weights._range import Steps
+from ..weights._range import Steps, is_even
+from ._partial import Partial, partial
 
 Kind = Literal["norms", "scales", "codes", "dense"]
 
@@ -46,7 +47,12 @@ class Relative(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class Through(Weight):
-    """An `Affine` weight whose parts are `data`, what is rounded, and `scale` (and `zero`), float32."""
+    """An `Affine` weight whose parts are `data`, what is rounded, and `scale` (and `zero`), float32.
+
+    even: its codes are, as `Steps` has it.
+    """
+
+    even: bool = False
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The rounded values, through which gradients reach what is rounded and its scale."""
@@ -54,7 +60,7 @@ class Through(Weight):
         groups = self.parts["data"].unflatten(-1, (-1, self.encoding.group or self.shape[-1]))
         scale, zero = self.parts["scale"].unsqueeze(-1), self.parts.get("zero")
         half: int = 2 ** (self.encoding.width - 1)
-        low, high = (1 - half, half - 1) if zero is None else (0, 2 * half - 1)
+        low, high = (self.even - half, half - 1) if zero is None else (0, 2 * half - 1)
         divisor = torch.where(scale == 0, 1.0, scale)
         base = groups if zero is None else groups - zero.unsqueeze(-1)
         exact = (base / divisor).clamp(low, high)
@@ -65,22 +71,31 @@ class Through(Weight):
 
 @dataclass
 class Learned:
-    """The leaves that learn, by `weight/part`, and a fork of the program with the `weights` that read them."""
+    """The leaves that learn, by `weight/part`, and a fork of the program with the `weights` that read them.
+
+    Codes that change a few at a time, `changes` of a matrix, are among the leaves; they ask for no gradients.
+    """
 
     part: Program
+    changes: float = 1.0
     weights: dict[str, Weight] = field(default_factory=dict)
     leaves: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, program: Program, kinds: tuple[Kind, ...], source: Mapping[str, Weight] = MappingProxyType({})
+        cls,
+        program: Program,
+        kinds: tuple[Kind, ...],
+        source: Mapping[str, Weight] = MappingProxyType({}),
+        changes: float = 1.0,
     ) -> Learned:
         """Of a fork of the program; its other weights are decoded once.
 
         source: weights as they were before they were rounded: what is rounded while codes learn begins there, where
-        that is what was rounded, and as near to it as the codes allow.
+        that is what was rounded, and as near to it as the codes allow. changes: share of a matrix's codes that may
+        change in an update.
         """
-        made = cls(program.fork())
+        made = cls(program.fork(), changes)
         whole = {name for name, how in matrices(program).items() if not isinstance(how, str)}
         for name, weight in program.weights.items():
             dense = "dense" if name in whole else "norms" if _beside(program, name) else None
@@ -93,6 +108,12 @@ class Learned:
         names = dict.fromkeys(leaf.rpartition("/")[0] for leaf in self.leaves)
         return {name: _stored(old[name], self.weights[name]) for name in names}
 
+    def settle(self) -> None:
+        """End an update: codes that change a few at a time do."""
+        for weight in self.weights.values():
+            if isinstance(weight, Partial):
+                weight.settle(self.changes)
+
     def _weight(
         self, name: str, weight: Weight, learns: bool, kinds: tuple[Kind, ...], source: Weight | None
     ) -> Weight:
@@ -101,10 +122,16 @@ class Learned:
         if isinstance(encoding, Dense):
             held = {"data": weight.dense()}
             return replace(Weight.of(held["data"]), parts=self._parts(name, held, ["data"] if learns else []))
+        if "codes" in kinds and partial(encoding, self.changes):
+            own = {part: value.clone() for part, value in parts.items()}  # whose codes change in place
+            value = _before(weight, source) if isinstance(encoding, Affine) else None
+            made = Partial.begun(weight, self._parts(name, own, numbers), _size(weight.dense()), value)
+            self.leaves |= {f"{name}/{part}": value for part, value in made.state.items()}
+            return made
         if isinstance(encoding, Affine) and "codes" in kinds:
             held = {part: value.float() for part, value in parts.items() if part in ("scale", "zero")}
             held["data"] = _before(weight, source)
-            return Through(weight.shape, encoding, self._parts(name, held, ["data", *numbers]))
+            return Through(weight.shape, encoding, self._parts(name, held, ["data", *numbers]), is_even(weight))
         if isinstance(encoding, Affine) or _tabled(encoding):
             return Weight(weight.shape, encoding, self._parts(name, parts, numbers))
         return Weight.of(weight.dense())
@@ -145,7 +172,7 @@ def _before(weight: Weight, source: Weight | None) -> torch.Tensor:
     if (value - rounded).square().sum() > rounded.square().sum():  # turned or scaled in the meantime
         return rounded
     scale = weight.parts["scale"].float().unsqueeze(-1)
-    reach = (0.499 * scale).expand(*scale.shape[:-1], rounded.numel() // scale.numel()).reshape(rounded.shape)
+    reach = (0.499 * scale.abs()).expand(*scale.shape[:-1], rounded.numel() // scale.numel()).reshape(rounded.shape)
     return torch.clamp(value, rounded - reach, rounded + reach)
 
 
@@ -153,14 +180,12 @@ def _before(weight: Weight, source: Weight | None) -> torch.Tensor:
 def _stored(old: Weight, new: Weight) -> Weight:
     if isinstance(old.encoding, Dense):
         return replace(old, parts=old.encoding.encode(new.dense()))
-    if _tabled(old.encoding):
+    if not isinstance(new, Through):
         kinds = {part: value.dtype for part, value in old.parts.items()}
         return replace(old, parts={part: new.parts[part].detach().to(kind) for part, kind in kinds.items()})
     assert isinstance(old.encoding, Affine)
     held = {part: new.parts[part].detach().to(old.parts[part].dtype) for part in ("scale", "zero") if part in old.parts}
-    if not isinstance(new, Through):
-        return replace(old, parts={**old.parts, **held})
     groups = new.parts["data"].detach().unflatten(-1, (-1, old.encoding.group or old.shape[-1]))
     wide = {part: value.unsqueeze(-1) for part, value in held.items()}
-    codes = Steps(old.encoding, wide["scale"], wide.get("zero")).codes(groups).reshape(old.shape)
+    codes = Steps(old.encoding, wide["scale"], wide.get("zero"), new.even).codes(groups).reshape(old.shape)
     return replace(old, parts=old.encoding.parts(codes, **held))

@@ -61,6 +61,16 @@ def shared(encoding: Encoding) -> tuple[Codebook, ...]:
     return books if len(books) == len(found) and len({each.dims for each in books}) == 1 else ()
 
 
+def books(encoding: Encoding, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, Books]:
+    """The terms of such an encoding, by what the names of their parts begin with."""
+    prefixes = [f"{letter}_" for letter in "abcdefgh"] if isinstance(encoding, Sum) else [""]
+    found = {}
+    for prefix, term in zip(prefixes, shared(encoding), strict=False):
+        own = {part.removeprefix(prefix): parts[part] for part in parts if part.startswith(prefix)}
+        found[prefix] = Books.of(term, own, shape)
+    return found
+
+
 def solve(weight: torch.Tensor, hessian: torch.Tensor, encoding: Encoding, damp: float, rounds: int) -> Solved:
     """The matrix float32 [N, K] in shared codebooks, or a sum of some, for inputs of the moments float64 [K, K].
 
@@ -74,11 +84,8 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, encoding: Encoding, damp:
     inner.diagonal().add_(damped * size).masked_fill_(hessian.diagonal() == 0, size)
     matrix = (inner / size).float()
     parts = encoding.alone(weight, (matrix.diagonal() * weight.square().mean(1, keepdim=True)).expand(shape))
-    prefixes = [f"{letter}_" for letter in "abcdefgh"] if isinstance(encoding, Sum) else [""]
-    held = [
-        Books.of(term, {part.removeprefix(prefix): v for part, v in parts.items() if part.startswith(prefix)}, shape)
-        for prefix, term in zip(prefixes, shared(encoding), strict=False)
-    ]
+    terms = books(encoding, parts, shape)
+    held = list(terms.values())
     _carried(held, weight, upper)
     best = _loss(held, weight, matrix)
     for _ in range(rounds):
@@ -89,7 +96,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, encoding: Encoding, damp:
         if now > 0.99 * best:
             break
         best = now
-    found = {prefix + part: v for prefix, term in zip(prefixes, held, strict=False) for part, v in term.parts().items()}
+    found = {prefix + part: v for prefix, term in terms.items() for part, v in term.parts().items()}
     return Solved(found, damped, lost(weight, encoding.decode(found, shape), hessian))
 
 
@@ -112,7 +119,7 @@ def _carried(held: list[Books], weight: torch.Tensor, upper: torch.Tensor) -> No
         at = slice(g * dims, (g + 1) * dims)
         turn = torch.linalg.inv(upper[at, at])  # an error e costs |e turn|² when all behind it make up for it
         wanted = left[:, at]
-        codes, value = _nearest(held, wanted, turn)
+        codes, value = nearest(held, wanted, turn)
         for term, found in zip(held, codes, strict=True):
             term.codes[:, g] = found
         left[:, at.stop :].addmm_((wanted - value) @ turn, upper[at, at.stop :], alpha=-1)
@@ -127,14 +134,14 @@ def _descend(held: list[Books], weight: torch.Tensor, matrix: torch.Tensor) -> N
         turn = torch.linalg.cholesky(matrix[at, at])
         old = value[:, at]
         wanted = old + torch.cholesky_solve((rest @ matrix[:, at]).T, turn).T
-        codes, new = _nearest(held, wanted, turn)
+        codes, new = nearest(held, wanted, turn)
         better = ((wanted - new) @ turn).square().sum(1) < ((wanted - old) @ turn).square().sum(1)
         for term, found in zip(held, codes, strict=True):
             term.codes[:, g] = torch.where(better, found, term.codes[:, g])
         rest[:, at] = torch.where(better[:, None], weight[:, at] - new, rest[:, at])
 
 
-def _nearest(held: list[Books], wanted: torch.Tensor, turn: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def nearest(held: list[Books], wanted: torch.Tensor, turn: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Codes [N] of each term for vectors [N, dims] where |(wanted - value) turn| is small, and that value."""
     rest = (wanted @ turn)[:, None]  # [N, combinations, dims]
     cost = torch.zeros(rest.shape[:2])
