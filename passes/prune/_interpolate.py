@@ -6,8 +6,11 @@ With G = AᵀA, pivoted Cholesky of G picks the columns that pivoted QR picks on
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from ...ir.errors import SmeltError
+from ...ir.ops import arguments
+from .._walk import Walk
 
 
 def pivots(gram: torch.Tensor, units: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,3 +70,13 @@ def unexplained(gram: torch.Tensor, kept: torch.Tensor, t: torch.Tensor) -> floa
     total = gram.diagonal().sum()
     left = total - 2 * (t * gram[kept]).sum() + ((gram[kept][:, kept] @ t) * t).sum()
     return float((left.clamp_min(0) / total).sqrt()) if total else 0.0
+
+
+def gram_of(walk: Walk, consumer: fx.Node) -> torch.Tensor:
+    """XᵀX float64 [K, K] of what a product reads [..., K], over all tokens of the samples."""
+    size = walk.program.weights[str(arguments(consumer)["weight"].target)].shape[1]
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    for (value,) in walk.values(arguments(consumer)["x"]):
+        x = value.reshape(-1, size).double()
+        gram.addmm_(x.T, x)
+    return gram

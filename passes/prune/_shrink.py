@@ -58,9 +58,19 @@ def shrink(program: Program, site: Site, units: torch.Tensor, edits: Edits, matr
                 _replace(program, str(read.target), {"data": old.parts["data"].index_select(0, rows)})
     name = str(arguments(site.consumer)["weight"].target)
     try:
-        _replace(program, name, program.weights[name].encoding.encode(matrix))
+        store(program, name, matrix)
     except SmeltError as error:
         raise SmeltError(f"{name}: its correction does not fit, {error}") from error
+    restate(site, edits)
+
+
+def store(program: Program, name: str, value: torch.Tensor) -> None:
+    """Another tensor in the encoding of the old one."""
+    _replace(program, name, program.weights[name].encoding.encode(value))
+
+
+def restate(site: Site, edits: Edits) -> None:
+    """Give the moving nodes of a site their new arguments."""
     for node, args in edits.items():
         node.args = args
     for node, _ in site.region:
@@ -68,7 +78,6 @@ def shrink(program: Program, site: Site, units: torch.Tensor, edits: Edits, matr
 
 
 def _replace(program: Program, name: str, parts: Mapping[str, torch.Tensor]) -> None:
-    """Another dense tensor in the type of the old one."""
     program.weights[name] = Weight(tuple(parts["data"].shape), program.weights[name].encoding, parts)
     program.touch(name)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
 
 from ...ir.encoding import Dense
 from ...ir.errors import SmeltError
@@ -17,7 +16,7 @@ from ...ir.program import Program
 from ...ir.shapes import derive
 from .._walk import Walk
 from ..base import Calibration, Effect, Exactness, Outcome, Pass, Samples
-from ._interpolate import interpolation, pivots, selection, unexplained
+from ._interpolate import gram_of, interpolation, pivots, selection, unexplained
 from ._shrink import resize, shrink
 from ._trace import Kind
 from ._units import Site, find_units
@@ -115,7 +114,7 @@ class Interpolate(Pass):
         walk = Walk(program, samples)
         for at, (site, count) in enumerate(todo.items()):
             samples.progress(at, len(todo), site.name)
-            gram = _gram(walk, site.consumer)
+            gram = gram_of(walk, site.consumer)
             units = self._chosen(program, site, gram, count)
             edits = resize(site, units)
             if isinstance(edits, str):
@@ -193,7 +192,7 @@ class Interpolate(Pass):
         errors, walk = {}, Walk(program, samples)
         for at, site in enumerate(targets):
             samples.progress(at, len(targets), f"{site.name}: unpruned")
-            errors[site] = pivots(_gram(walk, site.consumer), site.columns, len(site.columns))[1]
+            errors[site] = pivots(gram_of(walk, site.consumer), site.columns, len(site.columns))[1]
         low, high = 0.0, 1.0
         for _ in range(50):
             bound = (low + high) / 2
@@ -211,16 +210,6 @@ class Interpolate(Pass):
             written = program.weights[str(arguments(node)["weight"].target)].dense(torch.float64).square().sum(1)
             score.index_add_(0, site.units_of(numbers), written)
         return score.topk(count).indices.sort().values
-
-
-def _gram(walk: Walk, consumer: fx.Node) -> torch.Tensor:
-    """XᵀX float64 [K, K] of what a product reads [..., K], over all tokens of the samples."""
-    size = walk.program.weights[str(arguments(consumer)["weight"].target)].shape[1]
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    for (value,) in walk.values(arguments(consumer)["x"]):
-        x = value.reshape(-1, size).double()
-        gram.addmm_(x.T, x)
-    return gram
 
 
 def _parameters(program: Program) -> int:
