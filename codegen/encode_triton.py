@@ -83,7 +83,7 @@ class _Walk:
 
 def source(encoding: Affine, shape: tuple[int, int]) -> str:
     """The kernel `encode` for matrices [N, K] as a Python module; SmeltError where the encoding refuses the shape."""
-    if why := encoding.refuses(shape) or ("codes of 3 bits lie in two planes" if encoding.width == 3 else None):
+    if why := encoding.refuses(shape) or ("its codes lie in two planes" if encoding.planes > 1 else None):
         raise SmeltError(f"{encoding}: {why}")
     walk, width, info = _Walk(encoding, *shape), encoding.width, torch.finfo(getattr(torch, encoding.scale))
     levels = 2**width - 1 if encoding.zero else 2 ** (width - 1) - 1
@@ -144,7 +144,7 @@ def encode(encoding: Affine, x: torch.Tensor, parts: Mapping[str, torch.Tensor])
 
 def encoded(encoding: Encoding, x: torch.Tensor, tables: Parts | None = None) -> Parts:
     """The parts of x [..., N, K], as `encoding.encode` makes them; by the kernel where the encoding has one."""
-    if not isinstance(encoding, Affine) or encoding.width == 3:
+    if not isinstance(encoding, Affine) or encoding.planes > 1:
         return encoding.encode(x, tables)
     lead, shape = x.shape[:-2], (int(x.shape[-2]), int(x.shape[-1]))
     parts = {

@@ -142,7 +142,9 @@ class _Run:
         step, samples = attempt.step, self.samples
         if samples is None:
             if step.pass_.calibration != "none":
-                raise SmeltError("calibrates on samples, and there are none: give texts with --calibration FILE, or calibration=")
+                raise SmeltError(
+                    "calibrates on samples, and there are none: give texts with --calibration FILE, or calibration="
+                )
             return None
         asked = samples.progress
 

@@ -39,7 +39,7 @@ def embedding(b: Builder, node: fx.Node, a: Given) -> str:
     if isinstance(encoding, Dense) and encoding.dtype in ("float16", "bfloat16"):
         data, _, _ = stored(b, weight.weight, turned=False)
         return str(b.op("Cast", b.op("Gather", data, ids), to=onnx_type(torch.float32)))
-    if not isinstance(encoding, Affine) or encoding.axis != "token" or encoding.width == 3:
+    if not isinstance(encoding, Affine) or encoding.axis != "token" or encoding.planes > 1:
         return str(b.op("Gather", weight, ids))
     table = program.weights[weight.weight]
     if encoding.width == 8 and not encoding.zero and tied(b, weight.weight):

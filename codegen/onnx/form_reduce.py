@@ -161,6 +161,16 @@ def convolution(b: Builder, node: fx.Node, a: Given) -> str:
     return str(b.op("Conv", a["input"], weight, a["bias"], **attributes))
 
 
+@form("aten.im2col.default")
+def windows(b: Builder, node: fx.Node, a: Given) -> str:
+    """Windows as rows: each channel convolved with kernels that pick one place of the window each."""
+    channels, (height, width) = int(a["self"].shape[1]), a["kernel_size"]
+    picks = np.eye(height * width, dtype=np.float32).reshape(-1, 1, height, width)
+    attributes = {"strides": a["stride"], "dilations": a["dilation"], "pads": a["padding"] * 2, "group": channels}
+    rows = b.op("Conv", a["self"], b.const(np.tile(picks, (channels, 1, 1, 1))), **attributes)
+    return str(b.op("Reshape", rows, b.const([0, channels * height * width, -1])))
+
+
 @form("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.avg_pool1d.default", "aten.avg_pool2d.default")
 def pool(b: Builder, node: fx.Node, a: Given) -> str:
     """The largest or mean value under a window."""

@@ -33,7 +33,7 @@ def blocks(weights: Sequence[Weight], most: int = 256) -> Blocks | None:
     A block is never wider than a group: a group's scale is repeated for each of its blocks.
     """
     shapes, encodings = [weight.shape for weight in weights], [weight.encoding for weight in weights]
-    affine = [e for e in encodings if isinstance(e, Affine) and e.axis == "token" and not e.zero and e.width != 3]
+    affine = [e for e in encodings if isinstance(e, Affine) and e.axis == "token" and not e.zero and e.planes == 1]
     if len(affine) < len(encodings) or any(len(shape) != 2 for shape in shapes):
         return None
     widths, columns = {e.width for e in affine}, {shape[1] for shape in shapes}

@@ -54,7 +54,7 @@ def stored(builder: Builder, name: str, turned: bool, rows: int | None = None) -
         hint = name if rows is None else f"{name}.{rows}"
         if isinstance(encoding, Dense):
             return _dense(builder, hint, weight, turned, rows), None, None
-        if isinstance(encoding, Affine) and encoding.width != 3:
+        if isinstance(encoding, Affine) and encoding.planes == 1:
             return _affine(builder, hint, weight, encoding, turned, rows)
         return _otherwise(builder, hint, weight, turned, rows), None, None
 

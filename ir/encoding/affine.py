@@ -26,10 +26,11 @@ class Affine(Encoding):
     `axis="token"`: a group is `group` neighbours in one row (weights: inputs of one output; values: channels of one
     token), `group=0` the whole row. `axis="channel"`: a group is one column over `group` rows (keys: one channel over
     tokens). Symmetric codes span -2^(b-1) .. 2^(b-1)-1, of which `encode` leaves out the lowest, and are stored with
-    offset 2^(b-1); with `zero` they span 0 .. 2^b-1 above the group's stored minimum. A scale may be negative. Scales are rounded to their dtype before the codes are chosen.
+    offset 2^(b-1); with `zero` they span 0 .. 2^b-1 above the group's stored minimum. A scale may be negative, and is
+    rounded to its dtype before the codes are chosen.
 
-    Parts: `codes` uint8 `[..., N, K*bits/8]`, packed along the last dim (see `packing`; of 3, 5 and 6 bits the lower two
-    or four, with the others in `high`); `scale` (and `zero`) `[..., N, K/group]` or `[..., N/group, K]`.
+    Parts: `codes` uint8 `[..., N, K*bits/8]`, packed along the last dim (see `packing`; of 3, 5 and 6 bits the lower
+    two or four, the others in `high`); `scale` (and `zero`) `[..., N, K/group]` or `[..., N/group, K]`.
     """
 
     name: ClassVar[str] = "affine"

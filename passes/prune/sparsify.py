@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ class Sparsify(Pass):
     share: how much leaves, unstructured.
     score: `magnitude`; `wanda`, times the norm of its input (Sun et al., 2023, arXiv 2306.11695); `sparsegpt`, the
         error that is left once all later weights of the row have made up for it, as they then do.
+    match: names of weights that are pruned, with `*` for any letters, so that parts of a model can lose other shares.
     scope: what loses the share: every `row`, or the matrix as a `whole` (by sparsegpt each 128 columns of it).
     damp: share of the mean second moment of the inputs that sparsegpt adds to each; raised, and reported, where the
         moments are singular.
@@ -46,6 +48,7 @@ class Sparsify(Pass):
     share: float = 0.5
     score: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     scope: Literal["row", "whole"] = "row"
+    match: str = "*"
     damp: float = 0.01
 
     def __post_init__(self) -> None:
@@ -66,13 +69,17 @@ class Sparsify(Pass):
 
     def requires(self, program: Program) -> Iterator[str]:
         """Every matrix that would be pruned must still be dense."""
-        yield from all_dense(program, [name for name, how in self._plan(program).items() if not isinstance(how, str)])
+        asked = [name for name, how in self.plan(program).items() if not isinstance(how, str)]
+        if not asked and not any(fnmatchcase(name, self.match) for name in program.weights):
+            some = ", ".join(list(program.weights)[:5])
+            yield f"a weight must match '{self.match}', but none does; they are {some}, …"
+        yield from all_dense(program, asked)
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Prune the products of one tensor after the other; a run that was broken off is taken up."""
         if samples is None and self.calibration != "none":
             raise SmeltError(f"prune.sparsify by {self.score} needs sample texts: pass calibration texts to compile")
-        plan = self._plan(program)
+        plan = self.plan(program)
         asked = {name: how for name, how in plan.items() if not isinstance(how, str)}
         sites: dict[str, dict[str, Any]] = {}
         if samples is not None and self.calibration != "none":
@@ -111,13 +118,15 @@ class Sparsify(Pass):
         dtype = "bfloat16" if isinstance(dense, Dense) and dense.dtype == "bfloat16" else "float16"
         return NM(self._of.keep, self._of.of, Dense(dtype)) if self._of.of else Bitmap(dtype)
 
-    def _plan(self, program: Program) -> dict[str, NM | Bitmap | str]:
+    def plan(self, program: Program) -> dict[str, NM | Bitmap | str]:
         """The encoding of each matrix that is pruned, or why it stays as it is."""
         products = {name for each in siblings(program) for name in each.names}
         found: dict[str, NM | Bitmap | str] = {}
         for name, matrix in matrices(program).items():
             if isinstance(matrix, str):
                 found[name] = matrix
+            elif not fnmatchcase(name, self.match):
+                found[name] = f"its name does not match '{self.match}'"
             elif matrix.vocabulary:
                 found[name] = "a vocabulary matrix"
             elif name not in products:

@@ -58,6 +58,23 @@ class Edge:
             shares[made.rows] = 1 / by
             store(program, made.name, value * shares.view(-1, *[1] * (value.dim() - 1)) - made.offset)
 
+    def centre(self, program: Program, middle: torch.Tensor) -> str | None:
+        """Take `middle` [C] from the channels and give it to the readers' biases; why that cannot be, or None."""
+        norm = arguments(self.x) if is_op(self.x, LAYER_NORM) else {}
+        if norm.get("bias") is None:
+            return f"{self.x.name} adds no bias"
+        held = {reader: arguments(reader).get("bias") for reader in self.readers}
+        stored = {reader: str(b.target) for reader, b in held.items() if b is not None and b.op == "get_attr"}
+        if len(stored) < len(held):
+            return f"{next(reader for reader in held if reader not in stored).name} adds no stored bias"
+        if why := unfit(program, {name: [reader] for reader, name in stored.items()}):
+            return why
+        for reader, name in stored.items():
+            store(program, name, wide(program, name) + wide(program, matrix(reader)) @ middle[self.columns])
+        name = str(norm["bias"].target)
+        store(program, name, wide(program, name) - middle)
+        return None
+
 
 def edges(program: Program, kinds: Sequence[Kind]) -> tuple[list[Edge], dict[str, str]]:
     """The edges in the order in which their readers run, and by name why others cannot be scaled.

@@ -1,10 +1,10 @@
 """The step and the zero of a group of weights: what the integer codes of `Affine` are counted in.
 
-`absmax` spans every weight of a group: symmetric codes reach one step further down than up, so the largest weight is
-the lowest code, by a negative scale where that weight is positive. `mse` shrinks that span to where the error is least, by the search of GPTQ's
-authors (error to the power 2.4); `hqq` moves the zero by half-quadratic splitting (Badri and Shaji, Half-Quadratic
-Quantization, 2023: p = 0.7, 20 rounds), for errors with few large parts. For ternary codes, which symmetric ones of 2
-bits are, the step can be the `mean` or the `median` magnitude (BitNet b1.58, Ma et al., 2024).
+`absmax` spans every weight of a group. Symmetric codes reach one step further down than up, so the largest weight is
+the lowest code, by a negative scale where that weight is positive. `mse` shrinks that span to where the error is least,
+by the search of GPTQ's authors (error to the power 2.4); `hqq` moves the zero by half-quadratic splitting (Badri and
+Shaji, Half-Quadratic Quantization, 2023: p = 0.7, 20 rounds), for errors with few large parts. For ternary codes, three
+of the four of 2 bits, the step can be the `mean` or the `median` magnitude (BitNet b1.58, Ma et al., 2024).
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def fit(x: torch.Tensor, encoding: Affine, rule: Range) -> Steps:
 
 def is_even(weight: Weight) -> bool:
     """Whether a matrix of symmetric codes is without the lowest one."""
-    assert isinstance(weight.encoding, Affine)
-    return not weight.encoding.zero and bool(packing.unpack(weight.parts, weight.encoding.width, weight.shape[-1]).all())
+    encoding = weight.encoding
+    assert isinstance(encoding, Affine)
+    return not encoding.zero and bool(packing.unpack(weight.parts, encoding.width, weight.shape[-1]).all())
 
 
 def encode(weight: torch.Tensor, encoding: Affine, rule: Range) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from ...ir.program import Program
 from ...ir.shapes import derive
 from ...ir.weight import Weight
 from ..base import Effect, Exactness, Outcome, Pass, Samples
+from ._batch import fold_batch_norm
 from ._follow import matrix, products, store, unfit, wide
 from ._stream import stream
 
@@ -20,6 +21,8 @@ from ._stream import stream
 @dataclass(frozen=True)
 class Fold(Pass):
     """Multiplies the columns of the products behind a norm by its gain, which becomes 1, and adds its shift to biases.
+
+    A batch norm goes into the convolution in front of it, whole.
 
     Where every reader of the residual stream is then a LayerNorm without a shift, what is written to the stream is
     centred (columns of tables and biases, rows of products less their mean), and the LayerNorms become RMSNorms.
@@ -34,6 +37,11 @@ class Fold(Pass):
         derive(program)
         done: list[str] = []
         skipped: dict[str, str] = {}
+        for node in program.calls(torch.ops.aten.batch_norm.default):
+            if why := fold_batch_norm(program, node):
+                skipped[node.name] = why
+            else:
+                done.append(node.name)
         for node in program.calls(RMS_NORM, LAYER_NORM):
             why = _fold(program, node)
             if why is None:

@@ -1,4 +1,4 @@
-"""Moves a factor of each channel from what makes it into the columns that read it, or back (AWQ and SmoothQuant)."""
+"""Moves a factor of each channel from its maker into the columns that read it, or back (AWQ, SmoothQuant, RepQ-ViT)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ class Scale(Pass):
     rule: `smoothquant` (Xiao et al. 2022, arXiv:2211.10438) shares outliers of activations between them and the
         weights: s = max|x|^alpha / max|w|^(1 - alpha). `awq` (Lin et al. 2023, arXiv:2306.00978) makes columns large
         where activations are: s = |x|^a, with the exponent a in [0, 1) at which rounded weights change the products
-        that read the channels least.
+        that read the channels least. `even` (RepQ-ViT, Li et al. 2022, arXiv:2212.08254) centres the channels of a
+        norm with a bias and gives them one range, so that one grid serves them all; on the samples the share `clip` at
+        each end is left out of it, as in LRP-QViT (arXiv:2401.11243).
     which: the channels of `norm`: from gain to products; `values`: from the rows of values to attention's output
         product; `down`: from the rows of an MLP's second factor to its last product.
     alpha: of smoothquant.
+    clip: of even.
     bits, group, zero: how awq expects weights to be rounded: as weights.quantize names it.
 
     Deviations: awq takes the root mean square of a channel for its mean magnitude, because the second moments that give
@@ -42,9 +45,10 @@ class Scale(Pass):
     exactness: ClassVar[Exactness] = Exactness.EXACT
     effects: ClassVar[frozenset[Effect]] = frozenset({"encodings"})
 
-    rule: Literal["smoothquant", "awq"] = "awq"
+    rule: Literal["smoothquant", "awq", "even"] = "awq"
     which: tuple[Kind, ...] = ("norm", "values", "down")
     alpha: float = 0.5
+    clip: float = 1e-3
     bits: Literal[2, 3, 4, 8] = 4
     group: int = 128
     zero: bool = False
@@ -55,6 +59,8 @@ class Scale(Pass):
             raise SmeltError("which is empty: name norm, values or down")
         if not 0 <= self.alpha <= 1:
             raise SmeltError(f"alpha is a share from 0 to 1, but is {self.alpha}")
+        if not 0 <= self.clip < 0.5:
+            raise SmeltError(f"clip is a share below 0.5, but is {self.clip}")
         if self.group < 0:
             raise SmeltError(f"group is a count of weights (0: the whole row), but is {self.group}")
 
@@ -79,8 +85,8 @@ class Scale(Pass):
         walk, sites = Walk(program, samples), dict[str, dict[str, Any]]()
         for at, edge in enumerate(found):
             samples.progress(at, len(found), edge.name)
-            rule = self._smooth if self.rule == "smoothquant" else self._aware
-            by, note = rule(program, edge, walk)
+            rules = {"smoothquant": self._smooth, "awq": self._aware, "even": self._even}
+            by, note = rules[self.rule](program, edge, walk)
             if isinstance(note, str):
                 skipped[edge.name] = note
             else:
@@ -96,6 +102,18 @@ class Scale(Pass):
         there = (inputs > 0) & (weights > 0)
         by = torch.where(there, inputs.clamp_min(1e-5) ** self.alpha / weights.clamp_min(1e-5) ** (1 - self.alpha), 1.0)
         return by, {"spread": float(f"{by.max() / by.min():.3g}")}
+
+    def _even(self, program: Program, edge: Edge, walk: Walk) -> tuple[torch.Tensor, dict[str, Any] | str]:
+        """s by channel that leaves all of them the mean range, once they are centred where that can be done."""
+        values = torch.cat([value.reshape(-1, value.shape[-1]) for (value,) in walk.values(edge.x)]).double()
+        ordered = values.sort(0).values
+        at = int(self.clip * (len(ordered) - 1))
+        high, low = (_by_channel(edge, end, "amax") for end in (ordered[-1 - at], -ordered[at]))
+        why = edge.centre(program, (high - low) / 2)
+        size = (high + low) / 2 if why is None else torch.maximum(high, low)
+        size = size.clamp_min(float(size.max()) * 1e-4) if float(size.max()) else torch.ones_like(size)
+        note = {"spread": float(f"{size.max() / size.min():.3g}")}
+        return size / size.mean(), {**note, **({} if why is None else {"not centred": why})}
 
     def _aware(self, program: Program, edge: Edge, walk: Walk) -> tuple[torch.Tensor, dict[str, Any] | str]:
         """s by channel with the exponent of the least error, or why none is better than 1."""

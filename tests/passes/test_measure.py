@@ -168,7 +168,7 @@ def test_a_probe_takes_tokens_that_passes_do_not_see(llama, tokens):
     seen, unseen = held_out(samples)
     assert torch.equal(torch.cat([seen.tokens, unseen.tokens]), samples.tokens) and len(unseen) == 2
     asked = probe(llama, unseen.inputs).inputs["tokens"]
-    assert asked.shape == (2, 128) and torch.equal(asked[1, -70:], unseen.tokens[1])  # 140 tokens repeated: the end is the end
+    assert asked.shape == (2, 128) and torch.equal(asked[1, -70:], unseen.tokens[1])  # repeated: the end is the end
     single = Samples(tokens(1, 300))
     assert held_out(single) == (single, single)
 

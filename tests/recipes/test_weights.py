@@ -14,6 +14,7 @@ from smelt.assets import Assets
 from smelt.ir.capture.hf import capture_hf
 from smelt.ir.interpret import interpret
 from smelt.ir.program import Program
+from smelt.ir.weight import Weight
 from smelt.model import Compiled
 from smelt.passes import Samples, catalogue
 from smelt.passes.manager import run
@@ -23,8 +24,8 @@ from smelt.runtime.session import Session
 
 VOCABULARY, PROMPT, NEW = 128, 200, 24
 SHORT = ["steps=3", "batch=2", "length=64", "checks=1"]  # of a training
-# recipes whose promise is not fewer bytes
-SAME_BYTES = {"distil"}
+# recipes whose promise is not fewer bytes, or not of a model with so few tokens
+SAME_BYTES = {"distil", "subspace-embedding", "masking"}
 
 
 @functools.cache
@@ -42,7 +43,12 @@ def _source() -> Program:
             parameter.data = torch.randn_like(parameter) * 0.08
     with tempfile.TemporaryDirectory(prefix="smelt-recipes-") as folder:
         model.to(torch.float16).save_pretrained(folder)
-        return _loaded(Path(folder))
+        program = _loaded(Path(folder))
+    program.base = program.fork()
+    for name, weight in program.weights.items():  # from which it differs by a thin product
+        if (value := weight.dense()).dim() == 2:
+            program.base.weights[name] = Weight.of((value + value[:, :1] @ value[:1]).half())
+    return program
 
 
 def _loaded(folder: Path) -> Program:
@@ -59,8 +65,8 @@ def _tokens(rows: int, length: int, seed: int) -> torch.Tensor:
 
 
 def named(*families: str) -> list[str]:
-    """The recipes of some families."""
-    return [header.name for header in shipped() if header.family in families]
+    """The recipes of some families, but for those of models that read images."""
+    return [header.name for header in shipped() if header.family in families and not header.needs.images]
 
 
 @pytest.mark.parametrize("name", named("weights"))

@@ -97,7 +97,7 @@ def test_what_the_pass_refuses_names_the_change(catalogue: Catalogue) -> None:
 
 def test_what_an_encoding_refuses_names_the_change(catalogue: Catalogue) -> None:
     steps = [{"cache.encode": {"values": {"affine": {"bits": 4, "group": 32}}}}]
-    change = "cache.encode.values.affine.bits=5"
+    change = "cache.encode.values.affine.bits=7"
     with pytest.raises(SmeltError) as caught:
         load({**RECIPE, "steps": steps}, catalogue, [change])
     assert str(caught.value).startswith(f"--set {change}: 'values' in cache.encode: affine: bits must be one of ")

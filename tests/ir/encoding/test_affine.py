@@ -13,6 +13,8 @@ from smelt.ir.errors import SmeltError
 BOUNDS = {
     Affine(8, 0): (39, 45),
     Affine(8, 64): (43, 48),
+    Affine(6, 64): (31, 34),
+    Affine(5, 64): (25, 27.5),
     Affine(4, 64): (18.5, 20.5),
     Affine(4, 32, zero=True): (21, 23.5),
     Affine(4, 64, "channel", zero=True): (20, 22),
@@ -184,8 +186,8 @@ def test_shapes_that_do_not_fit_are_refused(encoding: Affine, shape: tuple[int, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5, "group": 64}, "one of 2, 3, 4, 8"),
-        ({"bits": "4", "group": 64}, "one of 2, 3, 4, 8"),
+        ({"bits": 7, "group": 64}, "one of 2, 3, 4, 5, 6, 8"),
+        ({"bits": "4", "group": 64}, "one of 2, 3, 4, 5, 6, 8"),
         ({"bits": 4, "group": -1}, "group must be"),
         ({"bits": 4, "group": 64, "axis": "chanel"}, "did you mean 'channel'"),
         ({"bits": 4, "group": 0, "axis": "channel"}, "needs a group of tokens"),
@@ -205,7 +207,13 @@ def test_an_encoding_is_a_value() -> None:
         Affine(4, 64).group = 3  # type: ignore[misc]
 
 
-@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([0, 16, 64]), st.booleans(), st.integers(1, 5), st.integers(1, 3))
+@given(
+    st.sampled_from([2, 3, 4, 5, 6, 8]),
+    st.sampled_from([0, 16, 64]),
+    st.booleans(),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
 def test_decoding_is_finite_and_within_the_range(bits: int, group: int, zero: bool, n: int, blocks: int) -> None:
     encoding, x = Affine(bits, group, zero=zero), gaussian(n, 64 * blocks, seed=n)
     y = encoding.decode(encoding.encode(x), tuple(x.shape))
