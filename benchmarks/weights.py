@@ -26,23 +26,32 @@ import torch
 from decode import LAYERS, checkpoint
 
 import smelt
+from smelt.assets import Assets
 from smelt.codegen.gemv import Gemv
 from smelt.ir.capture.hf import capture_hf
 from smelt.ir.cost import cost
 from smelt.ir.encoding import NM, Affine, Bitmap, Dense
 from smelt.ir.encoding.tiered import Tiered
 from smelt.ir.interpret import interpret
+from smelt.ir.ops import HEAD, QUANTIZED, is_op
 from smelt.ir.program import Program
+from smelt.ir.shapes import derive
 from smelt.ir.weight import Weight
+from smelt.model import Compiled
+from smelt.passes.activations.quantize import Quantize as Rounded
 from smelt.passes.base import Pass, Samples
 from smelt.passes.cache.insert import Insert
-from smelt.passes.measure import compare, replay
+from smelt.passes.measure import compare, perplexity, replay
+from smelt.passes.prune._gates import find_places
 from smelt.passes.prune.drop import Drop
 from smelt.passes.prune.sparsify import Sparsify
 from smelt.passes.search._budget import Budget
 from smelt.passes.search._evolve import Stage
 from smelt.passes.search._space import Stored
 from smelt.passes.search.spend import Spend
+from smelt.passes.tune._attention import maps
+from smelt.passes.tune.recover import Recover
+from smelt.passes.weights.codebook import Codebook
 from smelt.passes.weights.fold import Fold
 from smelt.passes.weights.gptq import Gptq
 from smelt.passes.weights.quantize import Quantize
@@ -92,10 +101,19 @@ class Model:
 
     def kl(self, steps: Sequence[Pass], samples: Samples) -> float:
         """How far the model is from itself after some passes, in nats."""
+        return compare(self._wanted, self._logits(self.after(steps, samples))).kl
+
+    def after(self, steps: Sequence[Pass], samples: Samples) -> Program:
+        """What some passes make of the model."""
         program = self.program.fork()
         for each in steps:
             each.apply(program, samples)
-        return compare(self._wanted, self._logits(program)).kl
+        return program
+
+    def perplexity(self, logits: torch.Tensor | None = None) -> float:
+        """Of held-out text, by logits for its windows; without, by the model's own."""
+        wanted = self._wanted if logits is None else logits
+        return perplexity(wanted[:, :-1].flatten(0, 1), self._windows[:, 1:].flatten())
 
     @torch.no_grad()
     def _logits(self, program: Program) -> torch.Tensor:
@@ -168,20 +186,33 @@ def mixture(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
 
 
 def depth(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
-    """A step of the 430 M shape without a quarter of its layers; for timing, on an idle machine."""
+    """Steps of the 430 M shape without a quarter of its layers, and without 30 % of its neurons and one KV head of 4.
+
+    How much less of the weights a step reads, and how much of that share it is faster than one of the whole model,
+    request by request; for an idle machine. Which units leave makes no difference, and STAT leaves as many.
+    """
     folder = Path(tempfile.gettempdir()) / "smelt-llama-430m"
     checkpoint(folder)
-    out = list(range(1, LAYERS, 4))
-    steps = [{"prune.drop": {"attention": out, "feedforward": out}}, {"cache.insert": {"dtype": "float16"}}]
-    header = {"name": "timed", "family": "prune", "does": "Is timed."}
-    whole, less = (smelt.compile(folder, {**header, "steps": each}) for each in (steps[1:], steps))
-    prompts = [[7 * i % 1000 for i in range(64)]] * seeds
-    timings = race({"whole": compiled_runner(whole), "less": compiled_runner(less)}, prompts, 64, 1)
-    pairs = list(zip(timings["whole"], timings["less"], strict=True))
-    read = [cost(compiled.program).evaluate(S=96).weight_bytes for compiled in (whole, less)]
-    removed = 1 - read[1] / read[0]
-    yield "bytes a step no longer reads", [removed]
-    yield "saved of that", [(1 - b.decode / a.decode) / removed for a, b in pairs]
+    source = capture_hf(folder)
+    made = {"whole": source, "depth": source.fork(), "stat": source.fork()}
+    out = tuple(range(1, LAYERS, 4))
+    Drop(attention=out, feedforward=out).apply(made["depth"], None)
+    for place in find_places(made["stat"], ("neurons", "heads"))[0]:
+        count = int(place.index.max()) + 1
+        left = 64 * round(0.7 * count / 64) if count > 64 else round(0.7 * count)
+        place.leave(made["stat"], torch.arange(count) < left, torch.ones(count), None)
+    runners, read = {}, {}
+    for name, program in made.items():
+        derive(program)
+        Insert(dtype="float16").apply(program, None)
+        runners[name] = compiled_runner(Compiled(program, {}, Assets()))
+        read[name] = cost(program).evaluate(S=96).weight_bytes
+    timings = race(runners, [[7 * i % 1000 for i in range(64)]] * seeds, 64, 1)
+    for name in ("depth", "stat"):
+        removed = 1 - read[name] / read["whole"]
+        yield f"{name}: no longer read", [removed]
+        pairs = zip(timings["whole"], timings[name], strict=True)
+        yield f"{name}: saved of that", [(1 - less.decode / whole.decode) / removed for whole, less in pairs]
 
 
 def products(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
@@ -212,6 +243,75 @@ def products(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
     yield from found.items()
 
 
+def qat(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """Integers with a scale a row and 8-bit activations: rounded, trained back a while, and so with EdgeQAT's terms.
+
+    With each of them the perplexity relative to the model's own, and the KL where the half of the tokens that attend
+    least to the first one is rounded to 4 bits behind that attention. Samples differ in the order of one text.
+    """
+    text = Samples(model._tokens[: 192 * 128].view(-1, 128), source=model.program)
+    for bits, updates, rate in ((4, 24, 1e-3), (3, 16, 3e-3)):
+        rounded = [Quantize(bits=bits, group=0), Rounded(group=0)]
+        course = {"steps": updates, "batch": 2, "checks": 1, "holdout": 0.02, "rate": rate}
+        lsq = Recover(learn=("norms", "scales", "codes"), **course)  # type: ignore[arg-type]
+        ways = {"rounded": None, "lsq": lsq, "edgeqat": replace(lsq, attention=1.0, entropy=0.5)}
+        for name, step in ways.items():
+            learned = [[replace(step, seed=seed)] for seed in range(seeds)] if step else [[]]
+            made = [model.after([*rounded, *each], text) for each in learned]
+            said = [model._logits(program) for program in made]
+            yield f"{bits} bits, {name}", [compare(model._wanted, each).kl for each in said]
+            yield f"{bits} bits, {name}, perplexity", [model.perplexity(each) / model.perplexity() for each in said]
+            halves = [compare(model._wanted, model._logits(_halved(program))).kl for program in made]
+            yield f"{bits} bits, {name}, half in 4 bits", halves
+
+
+def _halved(program: Program) -> Program:
+    """With 4 bits for what products behind an attention read of the tokens that attend least to the first one."""
+    part, seen = program.fork(), None
+    known = set(maps(part).values())
+    for node in part.graph.nodes:
+        seen = node if node in known else seen
+        if is_op(node, QUANTIZED) and seen is not None and not any(is_op(user, HEAD) for user in node.users):
+            node.target, node.args = _by_token, (*node.args, seen)
+    return part
+
+
+def _by_token(x: torch.Tensor, bits: int, group: int, seen: torch.Tensor) -> torch.Tensor:
+    order = seen[..., 0].sum(1).argsort(-1)  # [B, T] of maps [B, H, T, S]
+    less = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, : order.shape[1] // 2], True)
+    return torch.where(less[..., None], QUANTIZED.reference(x, 4, group), QUANTIZED.reference(x, bits, group))
+
+
+def tuning(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
+    """2 bits as they are solved, and after equally many updates towards the model's own laws, each from the same start.
+
+    Integers with zeros and additive codebooks; scales and tables learn alone, or with codes straight through or by
+    PV-Tuning. With each the perplexity relative to the model's own. Samples are calibrated on different text, and
+    differ in the order of what is learned from.
+    """
+    course = {"steps": 100, "batch": 2, "checks": 4, "holdout": 0.02, "rate": 3e-3}
+    scales = Recover(**course)  # type: ignore[arg-type]
+    codes = replace(scales, learn=("norms", "scales", "codes"))
+    ways = {"solved": None, "scales": scales, "straight": codes, "pv": replace(codes, changes=0.01)}
+    lessons = model._tokens[: len(model._tokens) // 128 * 128].view(-1, 128)
+    starts = {"integers": Gptq(bits=2, group=64, zero=True, order=True), "codebooks": Codebook(dims=4, bits=4, books=2)}
+    for name, start in starts.items():
+        found: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in ways}
+        for seed in range(seeds):
+            sample = replace(model.sample(seed), training=lessons, source=model.program)
+            solved = model.after([start], sample)
+            for way, step in ways.items():
+                program = solved.fork()
+                if step:
+                    replace(step, seed=seed).apply(program, sample)
+                said = model._logits(program)
+                found[way][0].append(compare(model._wanted, said).kl)
+                found[way][1].append(model.perplexity(said) / model.perplexity())
+        for way, (far, ratio) in found.items():
+            yield f"{name}, {way}", far
+            yield f"{name}, {way}, perplexity", ratio
+
+
 PARTS: dict[str, Callable[[Model, int], Iterator[tuple[str, list[float]]]]] = {
     "integers": integers,
     "sparsity": sparsity,
@@ -220,6 +320,8 @@ PARTS: dict[str, Callable[[Model, int], Iterator[tuple[str, list[float]]]]] = {
     "mixture": mixture,
     "depth": depth,
     "products": products,
+    "qat": qat,
+    "tuning": tuning,
 }
 
 
