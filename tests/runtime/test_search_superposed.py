@@ -176,7 +176,7 @@ def test_over_compressed_weights_and_cache_saved_and_loaded(tmp_path: Path) -> N
     assert tokens(lm)[0] == lm.complete(TEXTS[:1], **ASKED).rows[0].tokens  # alone, from its first token
     with pytest.raises(SmeltError, match="superposed drafts cannot follow a grammar"):
         lm.complete(TEXTS, regex="[0-9]+", **asked)
-    with pytest.raises(SmeltError, match="there are none: give some with --calibration"):
+    with pytest.raises(SmeltError, match="there are none: give texts with --calibration"):
         over_compressed(None)
     with pytest.raises(SmeltError, match="already searches by superposed"):
         run(lm.program.fork(), load("superposed", catalogue()).steps[1:], samples, ignore, None)

@@ -36,7 +36,7 @@ from ..ir.programs import cached, captured, quantized
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-TOLERANCE = 2e-5  # of the largest logit; two layers in float32, where rounded activations meet a tie at times
+TOLERANCE = 5e-5  # of the largest logit; two layers in float32, where rounded activations meet a tie at times
 PROMPT = [5, 9, 77, 30]
 WIDE = ["cache.insert.dtype=float32"]  # attention takes operands of the cache's type
 PAGES = [*WIDE, "cache.select.tail=2", "cache.select.page=4", "cache.select.skip_layers=[0]", "cache.select.sink=1"]

@@ -219,7 +219,7 @@ def test_a_training_is_taken_up_only_by_the_same(headed, text, tmp_path):
     with pytest.raises(SmeltError, match=r"checkpoint of other heads: options\.seed is 0 there and 1 here"):
         replace(quick, seed=1).apply(headed.fork(), kept)
     with pytest.raises(SmeltError, match=r"checkpoint of other heads: another text"):
-        quick.apply(headed.fork(), replace(kept, tokens=text.tokens.flip(0)))
+        quick.apply(headed.fork(), replace(kept, given=text.tokens.flip(0)))
     other = headed.fork()
     other.weights["heads.0.block.weight"] = Weight.of(torch.ones(other.weights["heads.0.block.weight"].shape))
     with pytest.raises(SmeltError, match=r"checkpoint of other heads: another model"):
