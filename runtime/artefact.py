@@ -93,8 +93,9 @@ def _check_base(folder: Path, manifest: Mapping[str, Any], base: Program | None)
         raise SmeltError(f"{folder}: holds only what its model adds to {wanted}; name that model with base= or --base")
     names = _upon(manifest[key] for key in ("weights", "draft") if key in manifest)
     lacking = sorted(names - base.weights.keys())
-    found = f"has no {lacking[0]}" if lacking else f"hashes to {_digest(base, names)[:DIGITS]}"
-    if lacking or _digest(base, names) != told["digest"]:
+    digest = "" if lacking else _digest(base, names)
+    if digest != told["digest"]:
+        found = f"has no {lacking[0]}" if lacking else f"hashes to {digest[:DIGITS]}"
         raise SmeltError(f"{folder}: stands upon {wanted}, but the base given is {base.name}, which {found}")
 
 

@@ -28,6 +28,10 @@ class Grid:
         first = round(low / step)
         return cls(first * step, (first + 2**bits - 1) * step, step)
 
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """The nearest of the values, like x."""
+        return (x.clamp(self.low, self.high) * (1 / self.step)).round() * self.step
+
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """Of each activation the number of its value, int64 from 0 on, like x."""
         return ((x.clamp(self.low, self.high) - self.low) / self.step).round().long()
@@ -36,14 +40,18 @@ class Grid:
         """Let `readers` of x, in any order, read its rounded values instead: the first node of these."""
         first = next(node for node in program.graph.nodes if node in readers)
         with program.graph.inserting_before(first):
-            clipped = program.graph.call_function(aten.clamp.default, (x, self.low, self.high))
-            counted = program.graph.call_function(aten.mul.Tensor, (clipped, 1 / self.step))
-            rounded = program.graph.call_function(aten.round.default, (counted,))
-            values = program.graph.call_function(aten.mul.Tensor, (rounded, self.step))
+            clipped, values = self.rounded(program.graph, x)
         for reader in readers:
             reader.replace_input_with(x, values)
         program.touch("activations")
         return clipped
+
+    def rounded(self, graph: fx.Graph, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """`round` in a graph: its first node, and its last."""
+        clipped = graph.call_function(aten.clamp.default, (x, self.low, self.high))
+        counted = graph.call_function(aten.mul.Tensor, (clipped, 1 / self.step))
+        nearest = graph.call_function(aten.round.default, (counted,))
+        return clipped, graph.call_function(aten.mul.Tensor, (nearest, self.step))
 
     def move(self, clipped: fx.Node) -> None:
         """Give what `put` has put there this grid instead."""

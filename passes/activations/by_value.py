@@ -16,44 +16,13 @@ from ...ir.program import Program
 from ...ir.shapes import derive
 from .._walk import Walk
 from ..base import Calibration, Effect, Outcome, Pass, Samples
+from ._static import Grid, entropy
 from ._stem import Rounding, Stem, run_by_crops, stem
 from .crops import croppable, told
 
 aten = torch.ops.aten
 MOST, WEIGHT = 8, 8  # bits of activations in crops with outliers, and of weights where operations are counted
-BINS = 256  # of the histogram that a feature map's entropy is taken of
 CLIPS = [i / 20 for i in range(20, 3, -1)]  # shares of the largest value that codes may end at
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Multiples of a scale, 2^bits of them, zero among them, for values from `low` to `high`."""
-
-    bits: int
-    low: float
-    high: float
-
-    @property
-    def scale(self) -> float:
-        steps: int = 2**self.bits - 1
-        return max(self.high - self.low, 1e-12) / steps
-
-    @property
-    def ends(self) -> tuple[int, int]:
-        """The first and the last multiple."""
-        first = round(self.low / self.scale)
-        return first, first + 2**self.bits - 1
-
-    def round(self, values: torch.Tensor) -> torch.Tensor:
-        return (values * (1 / self.scale)).round().clamp(*self.ends) * self.scale
-
-    def rounded(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
-        """The same in a graph."""
-        codes = graph.call_function(
-            aten.round.default, (graph.call_function(aten.mul.Tensor, (value, 1 / self.scale)),)
-        )
-        ended = graph.call_function(aten.clamp.default, (codes, *self.ends))
-        return graph.call_function(aten.mul.Tensor, (ended, self.scale))
 
 
 @dataclass(frozen=True)
@@ -135,10 +104,10 @@ class ByValue(Pass):
 
     def _bits(self, maps: list[torch.Tensor], shares: list[float]) -> list[int]:
         """Bits of each feature map whose readers do these shares of the multiplications."""
-        entropy = [{bits: _entropy(fitted(each, bits).round(each)) for bits in {*self.widths, MOST}} for each in maps]
+        told = [{bits: entropy(fitted(each, bits).codes(each)) for bits in {*self.widths, MOST}} for each in maps]
 
         def score(i: int, bits: int) -> float:
-            lost = 1 - entropy[i][bits] / max(entropy[i][MOST], 1e-12)
+            lost = 1 - told[i][bits] / max(told[i][MOST], 1e-12)
             return -self.weight * lost + (1 - self.weight) * shares[i] * (1 - bits / MOST)
 
         chosen = [max(self.widths, key=lambda bits: score(i, bits)) for i in range(len(maps))]
@@ -150,8 +119,8 @@ class ByValue(Pass):
         return chosen
 
 
-def _rounding(program: Program, few: list[Levels], many: list[Levels], mean: float, far: float) -> Rounding:
-    """Rounds what each convolution reads to `few` levels, or `many` in crops with values so far from the mean."""
+def _rounding(program: Program, few: list[Grid], many: list[Grid], mean: float, far: float) -> Rounding:
+    """Rounds what each convolution reads to `few` values, or `many` in crops with values so far from the mean."""
     call, outlying = program.graph.call_function, dict[int, fx.Node]()
 
     def rounded(value: fx.Node, at: int, crop: int) -> fx.Node:
@@ -159,23 +128,16 @@ def _rounding(program: Program, few: list[Levels], many: list[Levels], mean: flo
             distance = call(aten.abs.default, (call(aten.sub.Tensor, (value, mean)),))
             furthest = call(aten.amax.default, (distance, [1, 2, 3], True))
             outlying[crop] = call(aten.gt.Scalar, (furthest, far))
-        plain = few[at].rounded(program.graph, value)
+        _, plain = few[at].rounded(program.graph, value)
         if crop not in outlying or few[at] == many[at]:
             return plain
-        return call(aten.where.self, (outlying[crop], many[at].rounded(program.graph, value), plain))
+        return call(aten.where.self, (outlying[crop], many[at].rounded(program.graph, value)[1], plain))
 
     return rounded
 
 
-def fitted(values: torch.Tensor, bits: int) -> Levels:
-    """The levels of so many that round values with the least squared error, of some that end before the largest."""
-    low, high = min(0.0, values.min().item()), max(0.0, values.max().item())
-    options = [Levels(bits, low * clip, high * clip) for clip in CLIPS]
+def fitted(values: torch.Tensor, bits: int) -> Grid:
+    """The values of so many bits that round with the least squared error, of some that end before the largest."""
+    low, high = values.min().item(), values.max().item()
+    options = [Grid.over(low * clip, high * clip, bits) for clip in CLIPS]
     return min(options, key=lambda each: float((each.round(values) - values).square().mean()))
-
-
-def _entropy(values: torch.Tensor) -> float:
-    """Of a histogram, in bits."""
-    counts = torch.histc(values, BINS)
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * shares.log2()).sum())

@@ -9,15 +9,12 @@ from typing import Any, ClassVar
 import torch
 
 from ...ir.errors import SmeltError
-from ...ir.ops import HEAD, is_op
 from ...ir.program import Program
 from ...ir.shapes import derive
 from .._walk import Walk
-from ..base import Effect, Exactness, Outcome, Samples, decoder_only
-from ..train._text import windows
-from ..train._training import Training
+from ..base import Effect, Exactness, Outcome, Samples
 from ..tune._learned import Learned
-from ..tune._whole import Whole
+from ..tune._taught import Taught
 from ..weights._matrices import all_dense
 from ._bottleneck import Drawn, Gates
 from ._gates import KINDS, Kind, find_places, gated
@@ -29,7 +26,7 @@ _FACT = "full"  # the fact that keeps the size before anything was removed, by m
 
 
 @dataclass(frozen=True)
-class Bottleneck(Training):
+class Bottleneck(Taught):
     """Multiplies parts of the model by gates μ + σ ε, trains these against the model as it was, and removes units.
 
     The loss is the cross-entropy with the laws of the model that the recipe began with, `information` times the sum of
@@ -75,9 +72,7 @@ class Bottleneck(Training):
 
     def requires(self, program: Program) -> Iterator[str]:
         """A dense decoder whose logits come straight from its head, without a cache or drafts."""
-        yield from decoder_only(program)
-        if not is_op(program.outputs["logits"], HEAD):
-            yield f"the logits of {program.name} must come from its head, but something stands behind it"
+        yield from super().requires(program)
         yield from droppable(program, "prune.bottleneck")
         if program.cache is not None:
             since = program.changed_by("cache")
@@ -86,8 +81,6 @@ class Bottleneck(Training):
 
     def apply(self, program: Program, samples: Samples | None) -> Outcome:
         """Train the gates, then remove."""
-        if samples is None or samples.source is None:
-            raise SmeltError("prune.bottleneck needs texts: pass texts to train on, or calibration texts, to compile")
         places, skipped = find_places(program, self.gates)
         if not places:
             return Outcome((), skipped)
@@ -96,16 +89,16 @@ class Bottleneck(Training):
         limit = (1 - self.share) * known.get(self.of, size.full)
         if size.full <= limit:
             return Outcome((), {place.name: f"{size.full:.0f} {self.of} are left already" for place in places})
-        learn, held = windows(samples, self.length, 2, self.holdout, "prune.bottleneck")
         part, names = gated(program, places)
         learned = Learned.of(part, ())
         drawn = [Drawn(len(shape_of(place.reads[0][1]))) for place in places]
         for name, each in zip(names, drawn, strict=True):
             learned.part.weights[name] = replace(learned.part.weights[name], parts=each)
-        whole = Whole.of(samples.source, learned, learn, held, 0.0, 0.0)
+        whole = self.whole(learned, samples, "prune.bottleneck")
+        assert samples is not None
         gates = Gates.of(whole, places, drawn, size, limit, self.multiple, self.information)
-        went = self.train(gates, learn, program, samples, "gates")
-        loss, kept = gates.check(), gates.kept()
+        notes = self.taught(gates, whole, program, samples)
+        kept = gates.kept()
         factors = torch.ones_like(gates.mean) if self.correct else gates.mean.detach()
         walk = Walk(program, samples) if self.correct else None
         left: dict[str, Any] = {}
@@ -117,4 +110,4 @@ class Bottleneck(Training):
         derive(program)
         sizes: dict[str, Any] = {self.of: {"before": size.full, "after": float(size(kept))}}
         sizes["bytes"] = {"before": before, "after": program.nbytes}
-        return Outcome(tuple(left), skipped, {"loss": round(loss, 4), "left": left, **sizes, **went.to_dict()})
+        return Outcome(tuple(left), skipped, {"left": left, **sizes, **notes})

@@ -20,6 +20,7 @@ from ...ir.ops import ATTENTION, EMBEDDING, HEAD, LINEAR, arguments, is_op
 from ...ir.program import Program
 from ...ir.weight import Weight
 from ..base import Samples
+from ..tune._attention import looked_at
 from ..weights._follow import moves
 
 aten = torch.ops.aten
@@ -115,8 +116,8 @@ def _attention(node: fx.Node, given: tuple[Any, ...], result: torch.Tensor, here
     """What values get [B, G, S, E] of what attention gave [B, H, T, E]: shares of the positive part of A ⊙ ∇A."""
     value, slope = given[2], result.grad
     assert slope is not None  # `watch` asked for it
-    places = torch.eye(value.shape[2]).expand(*value.shape[:2], -1, -1)
-    weights = ATTENTION.reference(*given[:2], places, *given[3:], **node.kwargs)
+    named: dict[str, Any] = {**dict(zip(ATTENTION.arguments, given, strict=False)), **node.kwargs}
+    weights = looked_at(**named)
     heads = torch.repeat_interleave(value, weights.shape[1] // value.shape[1], 1)
     pairs = (weights * (slope @ heads.transpose(-1, -2))).clamp_min(0)
     pairs = torch.where(pairs.sum(-1, keepdim=True) > 0, pairs, weights)

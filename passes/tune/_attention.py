@@ -25,7 +25,7 @@ def maps(part: Program) -> dict[str, fx.Node]:
     found = {}
     for number, node in enumerate(part.calls(*SITES)):
         with part.graph.inserting_after(node):
-            found[f"map_{number}"] = part.graph.call_function(_map, (), arguments(node))
+            found[f"map_{number}"] = part.graph.call_function(looked_at, (), arguments(node))
     return found
 
 
@@ -61,8 +61,8 @@ def narrowness(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([-0.5 * each.var(-1).log1p().mean() for each in vectors]).mean()
 
 
-def _map(key: torch.Tensor, **given: Any) -> torch.Tensor:
-    """The site itself, reading the rows of an identity as values."""
+def looked_at(key: torch.Tensor, **given: Any) -> torch.Tensor:
+    """The map [B, H, T, S] of a site with these arguments: the site, reading the rows of an identity as values."""
     size = key.shape[2]
     given["value"] = torch.eye(size, dtype=key.dtype).expand(*key.shape[:2], size, size)
     op = CACHED_ATTENTION if "layer" in given else ATTENTION

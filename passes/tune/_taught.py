@@ -63,6 +63,6 @@ class Taught(Training):
         """Train; the notes of the pass. settle: ends each update."""
         before = learner.check()
         went = self.train(learner, whole.learn, program, samples, "weights", settle)
-        count = sum(value.numel() for value in whole.weights.values() if value.requires_grad)
+        count = sum(value.numel() for value in learner.weights.values() if value.requires_grad)
         loss = {"before": round(before, 4), "after": round(learner.check(), 4)}
         return {"loss": loss, "trained": count, **went.to_dict()}
