@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from smelt.codegen import build as build_module
 from smelt.codegen.build import build, cache, source_of, threads
 from smelt.codegen.compiler import find
 from smelt.ir.errors import SmeltError
@@ -45,6 +46,34 @@ def test_a_second_build_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert compiled(log) == before
     assert build(SOURCE.replace("42", "43"), "a.kernel").answer() == 43
     assert compiled(log) == before + 1
+
+
+def test_intrinsics_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is built is the same; a damaged header is named, and one that cannot be precompiled is only slower."""
+    source = "#include <immintrin.h>\n" + SOURCE
+    log = logged(tmp_path, monkeypatch)
+    bytes_ = [Path(build(source.replace("42", str(n)), "kernel")._name).read_bytes() for n in (1, 2, 1)]
+    lines = log.read_text().splitlines()
+    assert sum("c++-header" in line for line in lines) == 1
+    assert sum("-include" in line for line in lines) == 2
+    monkeypatch.setattr(build_module, "_headers", lambda *_: ())
+    monkeypatch.setenv("SMELT_CACHE", str(tmp_path / "other"))
+    assert [Path(build(source.replace("42", str(n)), "kernel")._name).read_bytes() for n in (1, 2, 1)] == bytes_
+
+
+def test_a_damaged_header_is_named_and_one_that_cannot_be_built_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "#include <immintrin.h>\n" + SOURCE
+    assert build(source, "kernel").answer() == 42
+    (header,) = cache().glob("headers/*/*.gch")
+    header.write_bytes(header.read_bytes()[:1000])
+    build_module._headers.cache_clear()
+    with pytest.raises(SmeltError, match=r"headers\.h\.gch is damaged; delete .* built anew"):
+        build(source.replace("42", "43"), "kernel")
+    monkeypatch.setenv("SMELT_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(build_module, "HEADERS", "no C++")
+    assert build(source, "kernel").answer() == 42
 
 
 def test_another_compiler_is_another_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
