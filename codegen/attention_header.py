@@ -5,7 +5,6 @@ from __future__ import annotations
 HEADER = """\
 #ifndef SMELT_ATTENTION
 #define SMELT_ATTENTION
-#include <utility>
 struct Pages {                      // a body: pages of one KV head each, in a pool of N slots
   const void* const* parts;         // of keys, then of values: [N, ...], calibrated ones [G, ...] or [1, ...]
   const int64_t* steps;             // of a calibrated part from one KV head to the next, 0 where they share it

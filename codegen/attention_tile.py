@@ -13,6 +13,10 @@ constexpr int HEADS = 4, VECTORS = 4;  // accumulators that fit the registers
 constexpr int HEADS = 2, VECTORS = 2;
 #endif
 
+template <int... W> struct Numbers {};
+template <int N, int... W> struct Below : Below<N - 1, N - 1, W...> {};  // All: the numbers 0 to N - 1
+template <int... W> struct Below<0, W...> { typedef Numbers<W...> All; };
+
 struct Values {  // as rows
   const float* const* rows;
   template <int64_t C> f32x16 at(int n) const { return load<f32x16>(rows[n] + C); }
@@ -20,7 +24,7 @@ struct Values {  // as rows
 // acc[h] += add[h] + Σ_n weight[h][n] * v[n] for N heads, from column FIRST on; the columns of one span share weights
 template <int64_t SPANS, int N, int64_t FIRST, class V, int... W>
 static inline void mix(const float* weight, const float* add, const V& v, int count, float* acc,
-                       std::integer_sequence<int, W...>) {
+                       Numbers<W...>) {
   constexpr int64_t MANY = SPANS ? SPANS : 1, WIDE = EP / MANY;
   f32x16 o[N][sizeof...(W)];
   for (int h = 0; h < N; h++)
@@ -44,7 +48,7 @@ static inline void mix(const float* weight, const float* add, const V& v, int co
 template <int64_t SPANS, int N, int64_t FIRST, class V>
 static inline void mix(const float* weight, const float* add, const V& v, int count, float* acc) {
   constexpr int W = EP - FIRST < 16 * VECTORS ? (EP - FIRST) / 16 : VECTORS;
-  mix<SPANS, N, FIRST>(weight, add, v, count, acc, std::make_integer_sequence<int, W>());
+  mix<SPANS, N, FIRST>(weight, add, v, count, acc, typename Below<W>::All());
   if constexpr (FIRST + 16 * W < EP) mix<SPANS, N, FIRST + 16 * W>(weight, add, v, count, acc);
 }
 

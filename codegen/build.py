@@ -15,7 +15,7 @@ from pathlib import Path
 from ..ir.errors import SmeltError
 from .compiler import Compiler, cpu, defines, find, flags
 
-HEADERS = "#include <cstdint>\n#include <cstring>\n#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n"
+HEADERS = "#include <stdint.h>\n#include <string.h>\n#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n"
 
 
 def cache() -> Path:

@@ -56,7 +56,9 @@ def _find(cxx: str, path: str) -> Compiler:
     for command in ("c++", "g++", "clang++"):
         if compiler := _ask((command,), path):
             return compiler
-    if importlib.util.find_spec("ziglang") and (compiler := _ask((sys.executable, "-m", "ziglang", "c++"), path)):
+    # without -nostdlib++ the first kernel waits a minute for a C++ library to be built, which none asks for
+    zig = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
+    if importlib.util.find_spec("ziglang") and (compiler := _ask(zig, path)):
         return compiler
     raise SmeltError(f"no C++ compiler found ($CXX, c++, g++, clang++, ziglang): {REMEDY}")
 

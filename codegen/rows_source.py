@@ -7,7 +7,7 @@ ranks split between rows. So a token gets the same bits alone and among others.
 from __future__ import annotations
 
 MATH = """\
-#include <cmath>
+#include <math.h>
 
 static inline f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
   return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
@@ -75,7 +75,7 @@ static inline float squares(const float* x, int64_t k, float mean) {
 }
 
 static inline void normalize(const float* x, const float* w, float* y, int64_t k, float eps, float offset) {
-  const float s = 1.0f / std::sqrt(squares(x, k, 0) / (float)k + eps);
+  const float s = 1.0f / sqrtf(squares(x, k, 0) / (float)k + eps);
   for (int64_t i = 0; i < k; i += 16)
     write(y + i, read(x + i, k - i) * s * (read(w + i, k - i) + offset), k - i);
 }
@@ -98,7 +98,7 @@ static void layer_norm(Rank& rank, const int64_t* c) {
     const float* in = x + r * k;
     f32x16 acc = {};
     for (int64_t i = 0; i < k; i += 16) acc += read(in + i, k - i);
-    const float mean = sum(acc) / (float)k, s = 1.0f / std::sqrt(squares(in, k, mean) / (float)k + eps);
+    const float mean = sum(acc) / (float)k, s = 1.0f / sqrtf(squares(in, k, mean) / (float)k + eps);
     for (int64_t i = 0; i < k; i += 16) {
       const f32x16 shift = b ? read(b + i, k - i) : f32x16{};
       write(y + r * k + i, fma((read(in + i, k - i) - mean) * s, read(w + i, k - i), shift), k - i);
@@ -205,8 +205,8 @@ static void rotary(Rank& rank, const int64_t* c) {
       const int64_t count = r - first < BLOCK ? r - first : BLOCK;
       for (int64_t i = 0; i < count; i++) {
         const float angle = (float)positions[b * sp + t] * freq[first + i];
-        cosines[i] = std::cos(angle) * scale;
-        sines[i] = std::sin(angle) * scale;
+        cosines[i] = cosf(angle) * scale;
+        sines[i] = sinf(angle) * scale;
       }
       for (int64_t h = 0; h < heads; h++) {
         const float* in = x + b * sb + h * sh + t * st + first;

@@ -149,10 +149,10 @@ static inline void run(Team* team, void (*body)(Rank&, const int64_t* const*), c
 """
 
 SOURCE = (
-    "#include <cstdint>\n#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n"
+    "#include <stdint.h>\n#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n"
     + HEADER
     + r"""
-#include <cstdlib>
+#include <stdlib.h>
 #include <pthread.h>
 struct Seat { Team* team; int64_t number; };
 static void* wait_for_jobs(void* place) {

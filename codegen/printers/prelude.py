@@ -1,8 +1,8 @@
 """What the C++ of every kernel begins with: vectors of sixteen lanes, and what is done to them on each CPU."""
 
 PRELUDE = """\
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -155,6 +155,6 @@ def test_threads_follow_the_affinity_and_the_variable(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="the ziglang package is not installed")
 def test_the_compiler_in_the_zig_wheel_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", f"{sys.executable} -m ziglang c++")
+    monkeypatch.setenv("CXX", f"{sys.executable} -m ziglang c++ -nostdlib++")
     library = build(SOURCE, "kernel")
     assert isinstance(library, ctypes.CDLL) and library.answer() == 42

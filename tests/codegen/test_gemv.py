@@ -98,7 +98,7 @@ def test_a_row_does_not_depend_on_its_batch(encoding: Encoding) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="the ziglang package is not installed")
 @pytest.mark.parametrize(("encoding", "columns"), [(Dense("float16"), 17), (Affine(4, 64), 192)], ids=str)
 def test_clang_keeps_rows_apart_too(monkeypatch: pytest.MonkeyPatch, encoding: Encoding, columns: int) -> None:
-    monkeypatch.setenv("CXX", f"{sys.executable} -m ziglang c++")
+    monkeypatch.setenv("CXX", f"{sys.executable} -m ziglang c++ -nostdlib++")
     kernel, w = bound(encoding, random(129, columns))
     x = random(63, columns, seed=11)
     whole = call(kernel, x)

@@ -196,7 +196,7 @@ def test_threads_do_not_change_a_bit(target: Any, args: dict[str, Any], monkeypa
 @pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="the ziglang package is not installed")
 @every_case
 def test_clang_keeps_rows_apart_too(target: Any, args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", f"{sys.executable} -m ziglang c++")
+    monkeypatch.setenv("CXX", f"{sys.executable} -m ziglang c++ -nostdlib++")
     test_a_row_does_not_depend_on_the_others(target, args)
     if target in OPS:
         assert off(run(target, first(args), **args), target, **args) < TOLERANCE
