@@ -114,16 +114,29 @@ template <class U> static inline U mixed(U x) {  // SplitMix64's finaliser
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
   return x ^ (x >> 31);
 }
+static inline u64x8 random(uint64_t key, int64_t id) {  // of eight neighbouring ids
+  return mixed(key + GOLDEN * ((uint64_t)id + u64x8{1, 2, 3, 4, 5, 6, 7, 8}));
+}
 // Standard Gumbel noise of eight neighbouring ids: `runtime/noise.py` has the formula
 static inline f64x8 gumbel(uint64_t key, int64_t id) {
-  const u64x8 ids = (uint64_t)id + u64x8{1, 2, 3, 4, 5, 6, 7, 8};
-  const u64x8 bits = mixed(key + GOLDEN * ids) >> 12 | 0x4330000000000000ull;  // 2^52 + the integer, as a double
+  const u64x8 bits = random(key, id) >> 12 | 0x4330000000000000ull;  // 2^52 + the integer, as a double
   const f64x8 u = ((f64x8)bits - 4503599627370496.0 + 0.5) * 0x1p-52;
   return -logarithm(-logarithm(u));
 }
 static inline bool ahead(double score, int64_t token, const Best& best) {  // NaN is ahead of all numbers
   if (score != score || best.score != best.score) return score != score;
   return score > best.score || (score == best.score && token < best.token);
+}
+// Whether noise may lift any of sixteen logits to the best score: by d only if 1 - u <= e^-d, since u >= e^-e^-d >=
+// 1 - e^-d. Most may not, and need no logarithms. 1 - u is cut to 24 bits, and e^-d made larger than it may be rounded.
+static inline bool hopeful(f32x16 logits, float best, uint64_t key, int64_t id) {
+  typedef int32_t i32x8 __attribute__((vector_size(32)));
+  const i32x8 halves[] = {__builtin_convertvector(~random(key, id) >> 40, i32x8),
+                          __builtin_convertvector(~random(key, id + 8) >> 40, i32x8)};
+  i32x16 left;
+  memcpy(&left, halves, sizeof left);
+  const f32x16 most = exponential(logits - best + 1e-6f * __builtin_fabsf(best)) * (1.001f * 16777216) + 1.0f;
+  return sum(__builtin_convertvector(left, f32x16) > most) != -16;  // NaN is hopeful
 }
 // Sixteen logits of row m, of which `count` exist
 static inline void consider(const Choice* g, int64_t rank, int64_t m, int64_t id, f32x16 logits, int64_t count) {
@@ -138,6 +151,7 @@ static inline void consider(const Choice* g, int64_t rank, int64_t m, int64_t id
   const uint64_t start = mixed(mixed((uint64_t)g->seed) + GOLDEN * (uint64_t)(g->requests[row] + 1));
   const uint64_t key = mixed(start + GOLDEN * (uint64_t)(g->positions[m] + 2));  // the position behind this one
   const f32x16 scaled = logits / g->temperature;
+  if (!hopeful(scaled, (float)best.score, key, id)) return;
   for (int64_t half = 0; half < n; half += 8) {
     const f64x8 noise = gumbel(key, id + half);
     for (int64_t i = half; i < n && i < half + 8; i++) {

@@ -98,6 +98,7 @@ MUTANTS = {
     "noise of the neighbouring id": ("u64x8{1, 2, 3,", "u64x8{2, 2, 3,"),
     "half of the noise": ("return -logarithm(-logarithm(u));", "return -0.5 * logarithm(-logarithm(u));"),
     "no temperature": ("logits / g->temperature", "logits"),
+    "a third of those that may win": ("1.001f * 16777216", "0.33f * 16777216"),
     "a rough logarithm of 2": ("0.693147180559945309", "0.68"),
 }
 
