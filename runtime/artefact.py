@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..ir.capture.checkpoint import read_header
 from ..ir.encoding import parse as parse_encoding
 from ..ir.errors import SmeltError
 from ..ir.folders import sha256, whole
 from ..ir.program import Program
 from ..ir.text import parse_program, print_program
 from ..ir.weight import Mapped, Upon, Weight
+from . import huffman
 
 FORMAT = 1
 MANIFEST, SEAL, PROGRAM, WEIGHTS = "manifest.json", "manifest.sha256", "program.txt", "weights.safetensors"
@@ -34,11 +34,15 @@ DRAFTS = "decode.safetensors"  # tables of drafters
 CHOICES = "choice.safetensors"  # tables of searches
 DIGITS = 12  # of a hash that are shown
 DRAFT = "draft."  # begins the names of a draft model's files
+DISK = "disk"  # of the manifest: how files lie that are coded
 
 
-def save(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+def save(
+    folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any], coded: bool = False
+) -> None:
     """Write `folder`; `assets` are further files (the tokenizer's), `facts` go into the manifest as they are.
 
+    coded: tensors lie in Huffman codes, which `load` decodes to the same bits; program and weights are the same.
     An artefact that stands there is replaced, and stays as it was if anything fails. Raises SmeltError where something
     else stands there, or the file system refuses.
     """
@@ -46,11 +50,13 @@ def save(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Map
     if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SmeltError(f"{folder}: exists and is not a smelt artefact; choose another folder")
     with whole(folder) as draft:
-        _write(draft, program, assets, facts)
+        _write(draft, program, assets, facts, coded)
 
 
 def load(folder: Path, base: Program | None = None) -> tuple[Program, dict[str, Any]]:
     """The program, its weights mapped from the folder, and the manifest. Every file is checked against its hash.
+
+    Weights that are coded on disk are decoded into memory.
 
     base: the program upon whose weights those of the artefact stand, if they do.
     Raises SmeltError naming the file that is missing, altered, of another format, or not listed, and for a base that is
@@ -115,8 +121,8 @@ def _read(folder: Path, manifest: Mapping[str, Any], base: Program | None) -> Pr
             raise SmeltError(f"{path}: not a file of the artefact, which is sealed; remove it")
     try:
         _check_base(folder, manifest, base)
-        weights = _weights(folder, manifest["weights"], WEIGHTS, {}, base)
-        drafting = _weights(folder, manifest["draft"], DRAFT + WEIGHTS, weights, base) if "draft" in manifest else None
+        weights = _weights(folder, manifest, "", {}, base)
+        drafting = _weights(folder, manifest, DRAFT, weights, base) if "draft" in manifest else None
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise SmeltError(f"{folder / MANIFEST}: its table of weights cannot be read ({fault!r})") from fault
     program = _program(folder, manifest, weights, "")
@@ -132,16 +138,28 @@ def _program(folder: Path, manifest: Mapping[str, Any], weights: Mapping[str, We
     if (name := lead + TABLES) in manifest["files"]:
         if program.cache is None:
             raise SmeltError(f"{folder / name}: holds tables of a cache that the program does not have")
-        program.cache = program.cache.with_tables(load_file(folder / name))
+        program.cache = program.cache.with_tables(_tables(folder, manifest, name))
     if (name := lead + DRAFTS) in manifest["files"]:
         if program.decode is None:
             raise SmeltError(f"{folder / name}: holds tables of a drafter that the program does not have")
-        program.decode = program.decode.with_tables(load_file(folder / name))
+        program.decode = program.decode.with_tables(_tables(folder, manifest, name))
     if (name := lead + CHOICES) in manifest["files"]:
         if program.choice is None:
             raise SmeltError(f"{folder / name}: holds tables of a search that the program does not have")
-        program.choice = program.choice.with_tables(load_file(folder / name))
+        program.choice = program.choice.with_tables(_tables(folder, manifest, name))
     return program
+
+
+def _tables(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
+    """All tensors of a file."""
+    told = _coded(manifest, name)
+    return huffman.decode(folder / name, told, huffman.entries(folder / name, told))
+
+
+def _coded(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """How a file's tensors are coded, if they are."""
+    told: Mapping[str, Any] | None = manifest.get(DISK, {}).get(name)
+    return told
 
 
 def certify(folder: Path, certificate: Mapping[str, Any]) -> None:
@@ -174,10 +192,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: artefact format {found}, this smelt reads format {FORMAT}; "
             "update smelt, or compile the artefact again with this version"
         )
-    tables = [manifest.get(key, {}) for key in ("files", "weights", "draft")]
+    tables = [manifest.get(key, {}) for key in ("files", "weights", "draft", DISK)]
     if not all(isinstance(table, dict) for table in tables) or not {PROGRAM, WEIGHTS} <= manifest["files"].keys():
         raise SmeltError(f"{path}: does not list {PROGRAM} and {WEIGHTS}; compile the artefact again")
     return manifest
+
+
+def plain_hash(manifest: Mapping[str, Any], name: str) -> str:
+    """The hash of a file's content, as it was before it was coded."""
+    told = _coded(manifest, name)
+    return str(manifest["files"][name] if told is None else told["plain"])
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -185,13 +209,15 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _write(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+def _write(folder: Path, program: Program, assets: Mapping[str, bytes], facts: Mapping[str, Any], coded: bool) -> None:
     _write_program(folder, program, "", {})
     tables = {"weights": _table(program, {})}
     if program.draft is not None:
         shared = {id(weight): name for name, weight in program.weights.items()}
         _write_program(folder, program.draft, DRAFT, shared)
         tables["draft"] = _table(program.draft, shared)
+    if coded:
+        facts = {**facts, DISK: {path.name: huffman.shrink(path) for path in sorted(folder.glob("*.safetensors"))}}
     for name, content in assets.items():
         (folder / name).write_bytes(content)
     files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
@@ -246,12 +272,17 @@ def _tensors(weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
 
 
 def _weights(
-    folder: Path, table: Mapping[str, Any], file: str, shared: Mapping[str, Weight], base: Program | None
+    folder: Path, manifest: Mapping[str, Any], lead: str, shared: Mapping[str, Weight], base: Program | None
 ) -> dict[str, Weight]:
-    """The weights that the manifest lists, mapped; each must have the bits of its shape and encoding."""
-    path = folder / file
-    stored = read_header(path)
-    weights = {}
+    """The weights that the manifest lists for the program whose files begin with `lead`, mapped or decoded.
+
+    Each must have the bits of its shape and encoding, and none is read before all have.
+    """
+    path, table = folder / f"{lead}{WEIGHTS}", manifest["draft" if lead else "weights"]
+    told = _coded(manifest, path.name)
+    stored = huffman.entries(path, told)
+    weights: dict[str, Weight] = {}
+    decoded: dict[str, dict[str, torch.Tensor]] = {}
     for name, entry in table.items():
         if "of" in entry:
             weights[name] = shared[entry["of"]]
@@ -259,7 +290,7 @@ def _weights(
         keys = {part: (path, f"{name}/{part}") for part in entry["parts"]}
         if missing := [key for _, key in keys.values() if key not in stored]:
             raise SmeltError(f"{path}: has no tensor '{missing[0]}'")
-        parts: Mapping[str, torch.Tensor] = Mapped(keys)
+        parts: Mapping[str, torch.Tensor] = Mapped(keys) if told is None else decoded.setdefault(name, {})
         if base is not None and "upon" in entry:
             parts = Upon(entry["upon"], base.weights[entry["upon"]], parts)
         weight = Weight(tuple(map(int, entry["shape"])), parse_encoding(entry["encoding"]), parts)
@@ -270,4 +301,8 @@ def _weights(
                 f"{path}: '{name}' has {bits} bits, {weight.encoding} of shape {list(weight.shape)} {weight.bits}"
             )
         weights[name] = weight
+    wanted = {(name, part): f"{name}/{part}" for name in decoded for part in table[name]["parts"]}
+    tensors = huffman.decode(path, told, wanted.values())
+    for (name, part), key in wanted.items():
+        decoded[name][part] = tensors[key]
     return weights

@@ -62,6 +62,7 @@ class Compiled:
         """`facts`: what the manifest says of recipe, calibration and report."""
         self.program, self.facts, self.assets, self.report = program.merged(), dict(facts), assets, report
         self.plan: Plan = lower(self.program, target, fallback)
+        self.coded = False  # whether `save` writes Huffman codes unless told: as the artefact that this was loaded from
         self._stored = program.weights
         self._decoded: dict[str, torch.Tensor] = {}
         self._bound: dict[tuple[torch.Size, ...], Bound] = {}
@@ -234,8 +235,11 @@ class Compiled:
         self._idle = session = self._session(batch, need)
         return session
 
-    def save(self, folder: str | Path) -> None:
-        """Write the artefact folder: program, weights, tokenizer and a manifest of hashes, all at once."""
+    def save(self, folder: str | Path, *, huffman: bool | None = None) -> None:
+        """Write the artefact folder: program, weights, tokenizer and a manifest of hashes, all at once.
+
+        huffman: tensors in Huffman codes, less on disk and the same bits when loaded; by default as it was loaded.
+        """
         known = catalogue()
         used = {record.name for record in self.program.history}
         sources = {name: _source_digest(kind) for name, kind in known.items() if name in used}
@@ -243,7 +247,7 @@ class Compiled:
         facts.pop("certificate", None)  # which is of the files that were measured
         if self.report is not None:
             facts["report"] = self.report.to_dict()
-        artefact.save(Path(folder), self.stored, self.assets.files, facts)
+        artefact.save(Path(folder), self.stored, self.assets.files, facts, self.coded if huffman is None else huffman)
 
     def export_onnx(
         self,
@@ -364,9 +368,11 @@ def load(folder: str | Path, target: Target = "cpp", *, base: Compiled | str | P
     folder = Path(folder)
     program, manifest = artefact.load(folder, None if base is None else base_program(base))
     files = {name: (folder / name).read_bytes() for name in NAMES if name in manifest["files"]}
-    told = ("format", "weights", "draft", "base", "files")  # of what is made anew whenever it is saved
+    told = ("format", "weights", "draft", "base", "files", artefact.DISK)  # of what is made anew whenever it is saved
     facts = {key: value for key, value in manifest.items() if key not in told}
-    return Compiled(program, facts, Assets(folder if files.keys() - {CONFIG} else None, files), target)
+    compiled = Compiled(program, facts, Assets(folder if files.keys() - {CONFIG} else None, files), target)
+    compiled.coded = artefact.DISK in manifest
+    return compiled
 
 
 def base_program(base: Compiled | str | Path) -> Program:

@@ -14,7 +14,7 @@ from .model import Compiled
 from .passes.measure import compare
 from .quality import METRICS, NEEDS_SOURCE, NEW, REQUESTS, Meter, replay
 from .recipes import Bound
-from .runtime.artefact import PROGRAM, WEIGHTS, read_manifest
+from .runtime.artefact import PROGRAM, WEIGHTS, plain_hash, read_manifest
 
 Status = Literal["holds", "broken", "measured", "not measured"]
 KERNELS_KL = 1e-3  # nats; a quantized cache rounds a reordered sum to another code now and then
@@ -72,7 +72,7 @@ def certificate(meter: Meter) -> dict[str, Any] | None:
     plan, folder = meter.compiled.program.decode, meter.folder
     if plan is None or folder is None:
         return None
-    files = read_manifest(folder)["files"]
+    manifest = read_manifest(folder)
     return {
         "law": plan.accept.law,
         "equal": meter.equality.equal,
@@ -82,8 +82,8 @@ def certificate(meter: Meter) -> dict[str, Any] | None:
         "requests": [dict(request) for request in REQUESTS],
         "new_tokens": NEW,
         "drafted_tokens": plan.draft.most,
-        "program": files[PROGRAM],
-        "weights": files[WEIGHTS],
+        "program": plain_hash(manifest, PROGRAM),
+        "weights": plain_hash(manifest, WEIGHTS),
         "code": code_digest(),
         "date": datetime.date.today().isoformat(),
     }

@@ -61,6 +61,9 @@ def compile_(
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Write the last good graph of a failed compile to OUT.failed.txt.")
     ] = False,
+    huffman: Annotated[
+        bool, typer.Option("--huffman", help="Code tensors on disk, bit for bit: a smaller OUT that loads slower.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile MODEL by RECIPE and write an artefact.
@@ -91,7 +94,7 @@ def compile_(
             compiled = _write(
                 out, model, resolved, calibration, train, checkpoints, stop_after, target, no_fallback,
                 _listener(line.tell, print_after or [], graphs), keep_failed, bool(print_after or debug.level()),
-                draft, base,
+                draft, base, huffman,
             )  # fmt: skip
     if out is None or bisect:
         _tell_bisection(found, json)
@@ -145,6 +148,7 @@ def _write(
     anew: bool,
     draft: Path | None,
     base: str | None,
+    huffman: bool,
 ) -> Compiled:
     """Compile and save; `anew`: steps are to be seen, so that they must run."""
     from .. import debug
@@ -159,7 +163,7 @@ def _write(
         )  # fmt: skip
     debug.tell_kernels(compiled.plan)
     try:
-        compiled.save(out)
+        compiled.save(out, huffman=huffman)
     except OSError as fault:
         raise SmeltError(f"{out}: cannot be written ({fault.strerror}); nothing was left behind") from fault
     compiled.build()

@@ -48,7 +48,7 @@ def inspect_(
 
         program, manifest = _read(what, base)
         known = {"recipe": (manifest.get("recipe") or {}).get("name"), "certificate": manifest.get("certificate")}
-        told = {**_sizes(program), **known, "cost": _formulas(cost(program))}
+        told = {**_sizes(program), **_disk(Path(what), manifest), **known, "cost": _formulas(cost(program))}
         if program.facts.get("kind") == "decoder":
             told["cost_of_a_token"] = cost(program).evaluate(B=1, T=1, S=CONTEXT)._asdict()
         plan = lower(program.merged(), target) if kernels else None  # type: ignore[arg-type]  # checked above
@@ -110,6 +110,19 @@ def _sizes(program: Program) -> dict[str, Any]:
     }
 
 
+def _disk(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the files of an artefact take, and how their tensors are coded."""
+    from ..runtime.artefact import DISK
+
+    if not manifest:
+        return {"disk_bytes": None, "disk_coding": None}
+    coded = [told["coding"] for told in manifest.get(DISK, {}).values()]
+    return {
+        "disk_bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "disk_coding": coded[0] if coded else None,
+    }
+
+
 def _drafted(plan: DecodePlan) -> str:
     from ..ir.decode.draft import kind
 
@@ -162,7 +175,9 @@ def _tell(told: dict[str, Any]) -> None:
     print(columns([("name", told["name"]), *rows]))
     if told["recipe"]:
         print(f"recipe {told['recipe']}: {', '.join(told['steps'])}")
-    print(f"\nweights: {told['parameters']:,} values in {size(told['weight_bytes'])}")
+    disk = "" if told["disk_bytes"] is None else f", {size(told['disk_bytes'])} with all else on disk"
+    coding = f" ({told['disk_coding']})" if told["disk_coding"] else ""
+    print(f"\nweights: {told['parameters']:,} values in {size(told['weight_bytes'])}{disk}{coding}")
     each = [
         (encoding, f"{row['weights']} weights", f"{row['values']:,} values", size(row["bytes"]), _bits(row))
         for encoding, row in told["weights"].items()
