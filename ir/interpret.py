@@ -42,7 +42,7 @@ def interpret(
     `watch(node, args, value)` is called after every op, with the values of its positional arguments.
     Weights are decoded where they are used and dropped after their last use.
     """
-    inputs = {**_left_out(program, inputs), **inputs}
+    inputs = {**left_out(program, inputs), **inputs}
     missing = [name for name in program.inputs if name not in inputs]
     if missing:
         raise SmeltError(f"program {program.name} needs the inputs {missing}")
@@ -74,8 +74,8 @@ def interpret(
     raise SmeltError(f"program {program.name} has no output node")
 
 
-def _left_out(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Zeros for inputs [B, T, …] that are not given and that the facts call optional."""
+def left_out(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Zeros for inputs [B, T, …] beside `tokens` that are not given and that the facts call optional."""
     told = program.facts.get("inputs") or {}
     names = [name for name in program.inputs if name not in inputs and told.get(name, {}).get("optional")]
     return {

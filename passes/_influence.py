@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..ir.blocks import Block
 from ..ir.interpret import interpret
 from ..ir.program import Program
+from ._walk import given
 from .base import Samples
 
 TOKENS = 4096  # of the samples that are looked at
@@ -35,7 +36,5 @@ def cosines(program: Program, spans: Sequence[Span], samples: Samples) -> list[f
 
     for number, row in enumerate(rows):
         samples.progress(number, len(rows), "measuring cosines")
-        positions = torch.arange(len(row))[None]
-        given = {"tokens": row[None], "positions": positions, "mask": torch.ones_like(positions)}
-        interpret(program, {name: given[name] for name in program.inputs}, watch=watch)
+        interpret(program, given(program, {"tokens": row[None]}), watch=watch)
     return [total / len(rows) for total in totals]

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..ir.blocks import blocks
 from ..ir.errors import SmeltError
-from ..ir.interpret import call
+from ..ir.interpret import call, left_out
 from ..ir.program import Program
 from .base import Samples
 
@@ -32,7 +32,9 @@ class Walk:
         tokens = samples.inputs.get("tokens")
         rows = ROWS if tokens is None else max(1, TOKENS // tokens.shape[1])
         pieces = (samples.rows(slice(at, at + rows)) for at in range(0, len(samples), rows))
-        self._held = [self._given(piece.inputs) for piece in pieces]
+        places = {str(node.target): node for node in program.graph.nodes if node.op == "placeholder"}
+        found = (given(program, piece.inputs) for piece in pieces)
+        self._held: list[Values] = [{places[name]: value for name, value in each.items()} for each in found]
         self._last: fx.Node | None = None  # everything up to it has been run for good
 
     @torch.no_grad()
@@ -54,27 +56,6 @@ class Walk:
                 if value.is_floating_point() and not bool(value.isfinite().all()):
                     raise SmeltError(f"{node.name}: the samples give activations that are not finite")
             yield found
-
-    def _given(self, inputs: Mapping[str, torch.Tensor]) -> Values:
-        """The inputs for some samples; of texts int64 [B, T] there follow others."""
-        told, known = self.program.facts.get("inputs") or {}, dict(inputs)
-        if (tokens := inputs.get("tokens")) is not None:
-            known["positions"] = torch.arange(tokens.shape[1]).expand(tokens.shape)
-            known["mask"] = torch.ones_like(tokens)
-            known |= inputs
-        given: Values = {}
-        for node in self.program.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            name = str(node.target)
-            if name in known:
-                given[node] = known[name]
-            elif tokens is not None and told.get(name, {}).get("optional"):
-                kind = getattr(torch, told[name]["dtype"])
-                given[node] = torch.zeros(*tokens.shape, *told[name]["shape"][2:], dtype=kind)
-            else:
-                raise SmeltError(f"{self.program.name} reads '{name}', which the samples do not give")
-        return given
 
     def _behind(self) -> list[fx.Node]:
         """The calls that have not been run for good, in order."""
@@ -116,6 +97,20 @@ class Walk:
                 if last[used] is node and used not in keep and used not in held:
                     values.pop(used, None)
         return values
+
+
+def given(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All that a program reads, by name, for some samples; of texts int64 [B, T] there follow other inputs.
+
+    Raises SmeltError for an input that the samples do not give.
+    """
+    known = dict(inputs)
+    if (tokens := inputs.get("tokens")) is not None:
+        follow = {"positions": torch.arange(tokens.shape[1]).expand(tokens.shape), "mask": torch.ones_like(tokens)}
+        known = {**left_out(program, inputs), **follow, **inputs}
+    if missing := [name for name in program.inputs if name not in known]:
+        raise SmeltError(f"{program.name} reads '{missing[0]}', which the samples do not give")
+    return {name: known[name] for name in program.inputs}
 
 
 def _needed(order: list[fx.Node], nodes: tuple[fx.Node, ...]) -> list[fx.Node]:

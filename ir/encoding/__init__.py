@@ -19,6 +19,7 @@ from .channel_scaled import ChannelScaled
 from .codebook import Codebook
 from .dense import Dense
 from .low_rank import LowRank
+from .masked import Masked
 from .nm import NM
 from .nonuniform import Nonuniform
 from .rotated import Rotated
@@ -28,8 +29,8 @@ from .sum import Sum
 from .tiered import Tiered
 
 __all__ = [
-    "NM", "Affine", "Bitmap", "ChannelScaled", "Codebook", "Dense", "Encoding", "LowRank", "Nonuniform", "Parts",
-    "Rotated", "Sign", "Sparse", "Sum", "Tiered", "catalogue", "parse",
+    "NM", "Affine", "Bitmap", "ChannelScaled", "Codebook", "Dense", "Encoding", "LowRank", "Masked", "Nonuniform",
+    "Parts", "Rotated", "Sign", "Sparse", "Sum", "Tiered", "catalogue", "parse",
 ]  # fmt: skip
 
 

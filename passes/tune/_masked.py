@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...ir import encoding as encodings
 from ...ir.encoding import Affine, Bitmap, Dense, packing
-from ...ir.weight import Weight
+from ...ir.program import Program
+from ...ir.weight import Upon, Weight
 
 SCORE = "score"
 
@@ -55,3 +57,16 @@ def masked(weight: Weight, mask: torch.Tensor) -> Weight:
         return dense
     coded = Weight(weight.shape, *sparse.coded(value))
     return coded if coded.bits < dense.bits else dense
+
+
+def upon(base: Program, name: str, weight: Weight, mask: torch.Tensor | None) -> Weight | None:
+    """A weight as the base's of that name, with a bit for each value if there is a mask; None where it is another."""
+    found = base.weights.get(name)
+    if found is None or found.shape != weight.shape or not torch.equal(found.dense(), weight.dense()):
+        return None
+    if mask is None:
+        return Weight(found.shape, found.encoding, Upon(name, found, {}))
+    encoding = encodings.Masked(found.encoding)
+    if encoding.refuses(found.shape):
+        return None
+    return Weight(found.shape, encoding, Upon(name, found, encoding.bits(mask)))

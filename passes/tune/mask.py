@@ -15,7 +15,7 @@ from ...ir.weight import Weight
 from ..base import Outcome, Samples
 from ..weights._matrices import Matrix, matrices
 from ._learned import Learned
-from ._masked import SCORE, Masked, maskable, masked, scores
+from ._masked import SCORE, Masked, maskable, masked, scores, upon
 from ._taught import Taught
 
 
@@ -26,7 +26,8 @@ class Mask(Taught):
     Masking as an Efficient Alternative to Finetuning for Pretrained Language Models: kinds of text that share a model
     so differ by one bit for each masked weight. Gradients reach scores as if they were the mask. Lookup tables, heads,
     routed experts and all vectors stay as they are. Integers keep their codes, with zeros among them; dense matrices
-    are stored as a bit for each weight and the values that are left, where that takes less, else with zeros.
+    are stored as a bit for each weight and the values that are left, where that takes less, else with zeros. Of a
+    program with a base, what is the base's stands upon it: an artefact holds the masks' bits alone.
 
     removed: share of the weights whose scores begin below 0, drawn at random as in the paper.
     skip: layers from the bottom that are left whole.
@@ -57,17 +58,25 @@ class Mask(Taught):
                 made[name] = self._masked(program.weights[name], chance)
                 learned.weights[name] = learned.part.weights[name] = made[name]
                 learned.leaves[f"{name}/{SCORE}"] = made[name].parts[SCORE]
+        if program.base is not None and not any(upon(program.base, name, program.weights[name], None) for name in made):
+            raise SmeltError(
+                f"tune.mask: no matrix of {program.name} is one of {program.base.name}: "
+                "give the model itself as base, or none"
+            )
         whole = self.whole(learned, samples, "tune.mask")
         assert samples is not None
         notes = self.taught(whole, whole, program, samples)
-        count = zeros = 0
-        for name, weight in made.items():
-            program.weights[name] = masked(program.weights[name], weight.mask)
-            count, zeros = count + weight.mask.numel(), zeros + int((~weight.mask).sum())
-        program.touch(*made)
-        return Outcome(
-            tuple(made), skipped, {"masks": {"bytes": count // 8, "removed": round(zeros / count, 4)}, **notes}
-        )
+        masks = {name: weight.mask for name, weight in made.items()}
+        count, zeros = sum(mask.numel() for mask in masks.values()), sum(int((~m).sum()) for m in masks.values())
+        found: dict[str, object] = {"bytes": count // 8, "removed": round(zeros / count, 4)}
+        shared: dict[str, Weight] = {}
+        if program.base is not None:
+            stands = {name: upon(program.base, name, w, masks.get(name)) for name, w in program.weights.items()}
+            shared = {name: weight for name, weight in stands.items() if weight is not None}
+            found["upon_base"] = len(masks.keys() & shared.keys())
+        program.weights |= {name: masked(program.weights[name], mask) for name, mask in masks.items()} | shared
+        program.touch(*masks, *shared)
+        return Outcome(tuple(made), skipped, {"masks": found, **notes})
 
     def _masked(self, weight: Weight, chance: torch.Generator) -> Masked:
         score = scores(weight.shape, self.removed, chance).requires_grad_()

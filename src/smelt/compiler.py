@@ -72,7 +72,8 @@ def compile(
     and no step runs; `SMELT_KEEP=0` keeps nothing.
     draft: a smaller compiled model of the same tokenizer, or its artefact, which drafts where the recipe has the step
     decode.draft.
-    base: the model that `model` was fine-tuned from, in any of these forms, where the recipe has weights.residual.
+    base: the model that `model` was fine-tuned from, in any of these forms, where the recipe has weights.residual; for
+    tune.mask `model` itself.
     Raises SmeltError for anything wrong with what was given.
     """
     check_device(target)

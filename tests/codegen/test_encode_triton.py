@@ -115,7 +115,7 @@ def test_encodes_as_the_reference_does_on_a_gpu(encoding: Affine, shape: tuple[i
 def test_pages_are_encoded_as_a_cache_does() -> None:
     """Several heads and pages at once; an encoding without a kernel encodes itself."""
     x = torch.randn(2, 3, 8, 32, generator=torch.Generator().manual_seed(0))
-    for encoding in (Affine(8, 4, "channel", True), Affine(4, 16), Dense("float16")):
+    for encoding in (Affine(8, 4, "channel", True), Affine(4, 16), Affine(5, 8, "channel"), Dense("float16")):
         found, wanted = encode_triton.encoded(encoding, x), encoding.encode(x)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], part) and found[name].dtype is part.dtype for name, part in wanted.items())
@@ -124,5 +124,8 @@ def test_pages_are_encoded_as_a_cache_does() -> None:
 def test_what_the_encoding_refuses_is_refused() -> None:
     with pytest.raises(SmeltError, match="must be a multiple of 32"):
         encode_triton.source(Affine(4, 32), (64, 48))
+    for bits in (3, 5, 6):
+        with pytest.raises(SmeltError, match="its codes lie in two planes"):
+            encode_triton.source(Affine(bits, 64), (64, 64))
     with pytest.raises(SmeltError, match="must be contiguous"):
         encode_triton.encode(Affine(8, 0), torch.zeros(1, 4, 8).mT, Affine(8, 0).encode(torch.zeros(1, 8, 4)))

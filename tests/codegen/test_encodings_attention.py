@@ -19,6 +19,7 @@ from smelt.ir.encoding import (
     Sparse,
     Sum,
 )
+from smelt.ir.errors import SmeltError
 
 from .mutants import mutant
 
@@ -26,6 +27,8 @@ PAGED = Site(layer=0, heads=4, kv_heads=2, key_dim=64, value_dim=64, sink=4, tai
 TOLERANCE = 3e-6  # float32
 PAIRS: dict[str, tuple[Encoding, Encoding]] = {
     "three bits": (Affine(3, 64, "channel", True), Affine(3, 64, zero=True)),
+    "five bits": (Affine(5, 64, "channel", True), Affine(5, 64, zero=True)),
+    "six bits": (Affine(6, 32, "channel"), Affine(6, 32)),
     "gear": (
         Sum((Affine(2, 64, "channel", True), LowRank(4), Sparse(0.03, axis="channel")), "outliers"),
         Sum((Affine(2, 64, zero=True), LowRank(2), Sparse(0.03)), "outliers"),
@@ -75,10 +78,18 @@ def test_the_kernel_computes_the_reference(name: str) -> None:
     assert error(site, cache, q) < TOLERANCE
 
 
-def test_a_wrong_kernel_is_seen() -> None:
-    site, cache, q = stepped(*PAIRS["three bits"])
-    with mutant(" * 4)", " * 2)"):
+@pytest.mark.parametrize(("name", "right", "wrong"), [("three bits", 4, 2), ("five bits", 16, 8), ("six bits", 16, 8)])
+def test_a_wrong_kernel_is_seen(name: str, right: int, wrong: int) -> None:
+    """The high bits of a code count half."""
+    site, cache, q = stepped(*PAIRS[name])
+    with mutant(f" * {right})", f" * {wrong})"):
         assert error(site, cache, q) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("bits", "columns"), [(3, 64), (5, 32), (6, 64)])
+def test_heads_that_hold_no_whole_words_are_refused(bits: int, columns: int) -> None:
+    with pytest.raises(SmeltError, match=f"last dim, 48, must be a multiple of {columns} .{bits}-bit packing"):
+        CachePlan((replace(PAGED, key_dim=48, keys=Affine(bits, 64, "channel", True)),))
 
 
 def test_the_tables_of_another_head_are_seen() -> None:

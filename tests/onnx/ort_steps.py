@@ -65,11 +65,15 @@ def replayed(compiled: Compiled, prompt: int, count: int = 1, steps: int = STEPS
 
 
 def disagreement(folder: Path, tokens: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest relative error of any step's logits, by norm: the prompt at once, then single tokens."""
+    """Largest relative error of any step's logits, by norm."""
+    return float(disagreements(folder, tokens, wanted).max())
+
+
+def disagreements(folder: Path, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Relative errors of each step's logits, by norm: the prompt at once, then single tokens."""
     steps = Steps(folder)
     prompt = tokens.shape[1] - wanted.shape[1]
     parts = [steps(tokens[:, :prompt])[:, -1:]]
     parts += [steps(tokens[:, at : at + 1]) for at in range(prompt, tokens.shape[1] - 1)]
     got = torch.from_numpy(np.concatenate(parts, 1))
-    errors = (got - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))
-    return float(errors.max())
+    return (got - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))

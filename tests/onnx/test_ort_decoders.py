@@ -6,23 +6,30 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import smelt
 from smelt.ir.errors import SmeltError
+from smelt.ir.ops import QUANTIZED
+from smelt.ir.program import Program
 from smelt.model import Compiled
 
 from ..families.zoo import model
-from .ort_steps import disagreement, exported, replayed
+from .ort_steps import disagreement, disagreements, exported, replayed
 
 pytest.importorskip("onnxruntime", reason="runs what is exported in onnxruntime")
 
 EXACT = 1e-3  # the cache is float32 there and float16 here; all else differs by 1e-4
-ROUNDING = 3e-2  # of one step; codes of activations turn with the last bit, in the Program's own kernels too
+# Mean of 64 steps where activations are rounded: codes turn with the last bit, in the Program's own kernels too, and
+# others behind them follow. 0.0071 in the mean and 0.0204 in one step; 0.0171 with a bit less (one core, 2026-11-22).
+ROUNDING = 1e-2
+MATRIX, FREQUENCY = "model.layers.2.mlp.down_proj.weight", "model.rotary_emb.inv_freq"  # of the reference model
 GENAI = "SMELT_TEST_GENAI"  # a Python that has onnxruntime-genai, if this one has not
 ASK = """
 import json, sys, onnxruntime_genai as genai
@@ -46,6 +53,12 @@ def reference(recipe: str) -> Compiled:
     return smelt.compile(smelt.reference_model(), recipe, target="torch")
 
 
+def changed(program: Program, name: str, part: str, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put another value in place of one part of a weight."""
+    weight = program.weights[name]
+    program.weights[name] = replace(weight, parts={**weight.parts, part: how(weight.parts[part])})
+
+
 @pytest.mark.parametrize("recipe", ["finequant", "none"])
 def test_agrees_over_64_steps_behind_a_prompt(recipe: str, tmp_path: Path) -> None:
     exported(reference(recipe), tmp_path / "out")
@@ -60,9 +73,24 @@ def test_batches_and_lengths_are_dynamic(prompt: int, count: int, tmp_path: Path
 
 def test_rounded_activations_are_rounded_as_the_recipe_says(tmp_path: Path) -> None:
     made = exported(reference("w4a8"), tmp_path / "out")
-    assert disagreement(tmp_path / "out", *replayed(reference("w4a8"), 20)) < ROUNDING
+    assert disagreements(tmp_path / "out", *replayed(reference("w4a8"), 20)).mean() < ROUNDING
     assert "QuantizeLinear" not in made.nodes  # the product's own rounding is the recipe's
     assert any("hundredth" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(("damage", "factor"), [("bits", 1.5), ("frequency", 2), ("codes", 10)])
+def test_rounding_does_not_hide_damage(damage: str, factor: float, tmp_path: Path) -> None:
+    """Activations of one bit less, positions 5 % too fast, one matrix whose codes are those of the row before."""
+    program = reference("w4a8").program.fork()
+    if damage == "bits":
+        for node in program.calls(QUANTIZED):
+            node.args = (node.args[0], 7, node.args[2])
+    elif damage == "frequency":
+        changed(program, FREQUENCY, "data", lambda value: 1.05 * value)
+    else:
+        changed(program, MATRIX, "codes", lambda value: value.roll(1, 0))
+    smelt.codegen.onnx.export(program, tmp_path / "out", "ort")
+    assert disagreements(tmp_path / "out", *replayed(reference("w4a8"), 20)).mean() > factor * ROUNDING
 
 
 def test_rounding_is_what_exactness_saves(tmp_path: Path) -> None:
@@ -75,16 +103,11 @@ def test_a_damaged_model_is_told(damage: str, tmp_path: Path) -> None:
     """What the comparison is worth: 5 % on one matrix, a row that is gone, positions turned 5 % too fast."""
     tokens, wanted = replayed(reference("finequant"), 20, steps=8)
     program = reference("finequant").program.fork()
-    name = "model.rotary_emb.inv_freq" if damage == "frequency" else "model.layers.2.mlp.down_proj.weight"
-    weight = program.weights[name]
-    parts = {part: value.clone() for part, value in weight.parts.items()}
-    if damage == "scale":
-        parts["scale"] *= 1.05
-    elif damage == "row":
-        parts["scale"][3] = 0
+    if damage == "row":
+        changed(program, MATRIX, "scale", lambda value: value.index_fill(0, torch.tensor([3]), 0))
     else:
-        parts["data"] *= 1.05
-    program.weights[name] = replace(weight, parts=parts)
+        name, part = (MATRIX, "scale") if damage == "scale" else (FREQUENCY, "data")
+        changed(program, name, part, lambda value: 1.05 * value)
     smelt.codegen.onnx.export(program, tmp_path / "out", "ort")
     assert disagreement(tmp_path / "out", tokens, wanted) > 2 * EXACT
 

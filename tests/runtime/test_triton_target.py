@@ -20,6 +20,7 @@ from smelt.codegen.nodes_triton import AttentionKernel
 from smelt.codegen.plan import Plan, Target
 from smelt.ir.encoding import Affine
 from smelt.ir.errors import SmeltError
+from smelt.ir.ops import QUANTIZED
 from smelt.ir.program import Program
 from smelt.passes import catalogue
 from smelt.passes.events import ignore
@@ -36,7 +37,8 @@ from ..ir.programs import cached, captured, quantized
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-TOLERANCE = 5e-5  # of the largest logit; two layers in float32, where rounded activations meet a tie at times
+TOLERANCE = 2e-5  # of the largest logit; two layers in float32, at most 6e-7 in the interpreter
+TIES = 5e-5  # where activations are rounded: at times a value lies between two codes
 PROMPT = [5, 9, 77, 30]
 WIDE = ["cache.insert.dtype=float32"]  # attention takes operands of the cache's type
 PAGES = [*WIDE, "cache.select.tail=2", "cache.select.page=4", "cache.select.skip_layers=[0]", "cache.select.sink=1"]
@@ -107,7 +109,7 @@ def error(recipe: str, count: int = 3, rows: int = 1, tree: bool = False) -> flo
 @interpreted
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_steps_equal_the_reference(recipe: str) -> None:
-    assert error(recipe, 4 if recipe in LEAVING else 1) < TOLERANCE
+    assert error(recipe, 4 if recipe in LEAVING else 1) < (TIES if recipe == "w4a8" else TOLERANCE)
 
 
 @interpreted
@@ -141,6 +143,15 @@ def test_a_wrong_kernel_is_caught(wrong: str, monkeypatch: pytest.MonkeyPatch) -
 
         monkeypatch.setattr(ProductsKernel, "_bound", without)
     assert error("none", 0) > 20 * TOLERANCE
+
+
+@interpreted
+def test_ties_do_not_hide_activations_of_one_bit_less() -> None:
+    coarse = program("w4a8").fork()
+    for node in coarse.calls(QUANTIZED):
+        node.args = (node.args[0], 7, node.args[2])
+    wanted = stepped(Session(lower(coarse, "torch"), 1, 64), 0)
+    assert off(stepped(session("w4a8", "triton"), 0), wanted) > 20 * TIES
 
 
 class Recorded:

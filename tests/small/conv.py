@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from . import stored
 from .shapes import COLOURS, SHAPES, pictures
-
-WEIGHTS = Path(__file__).with_suffix(".safetensors")
 
 
 class Conv(nn.Module):
@@ -34,28 +32,17 @@ class Conv(nn.Module):
 
 def trained() -> Conv:
     """With the weights beside this file, in float32."""
-    model = Conv().eval()
-    model.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()}, strict=False)
-    return model
+    return stored.load(Conv(), __file__)
 
 
 def main(steps: int = 500, batch: int = 48) -> None:
-    """Train for a minute or two on one core, and store the weights in float16."""
-    torch.manual_seed(0)
-    model = Conv()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.02)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    for step in range(steps):
+    """Train for a minute or two on one core, and store the weights."""
+
+    def loss(model: Conv, step: int) -> torch.Tensor:
         seen = pictures(batch, 1000 + step)
-        loss = functional.cross_entropy(model(seen.pixels)["logits"], seen.kind)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rates.step()
-        if step % 50 == 49:
-            print(step + 1, round(loss.item(), 3), flush=True)
-    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    save_file({name: value.half().contiguous() for name, value in state.items()}, WEIGHTS)
+        return functional.cross_entropy(model(seen.pixels)["logits"], seen.kind)
+
+    stored.store(stored.train(Conv, loss, steps, 1e-2, clip=math.inf), __file__)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-PATH = Path(__file__).with_suffix(".safetensors")
+from . import stored
+
 COLOURS = {
     "red": (1.0, -0.8, -0.8),
     "green": (-0.8, 0.9, -0.8),
@@ -182,9 +181,7 @@ class Diffusion(nn.Module):
 
 def trained() -> Diffusion:
     """The model with the weights that stand beside this file."""
-    model = Diffusion()
-    model.load_state_dict({name: value.float() for name, value in load_file(PATH).items()})
-    return model.eval()
+    return stored.load(Diffusion(), __file__)
 
 
 def asked(count: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -197,29 +194,18 @@ def asked(count: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]
     return {"pixels": noisy(images, step, noise), "step": step.float(), "tokens": tokens}, noise
 
 
-def train(steps: int = 1500, batch: int = 32) -> Diffusion:
-    """Denoising, with a tenth of the captions left out so that there is a null prompt."""
-    torch.manual_seed(0)
-    model, (images, captions) = Diffusion(), scenes(4096, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    mean = 0.0
-    for i in range(1, steps + 1):
+def main(steps: int = 1500, batch: int = 32) -> None:
+    """Train to denoise, with a tenth of the captions left out so that there is a null prompt; store the weights."""
+    images, captions = scenes(4096, 1)
+
+    def loss(model: Diffusion, step: int) -> torch.Tensor:
         rows = torch.randint(0, len(images), (batch,))
-        step, noise = torch.randint(0, STEPS, (batch,)), torch.randn(batch, 3, SIZE, SIZE)
+        at, noise = torch.randint(0, STEPS, (batch,)), torch.randn(batch, 3, SIZE, SIZE)
         tokens = captions[rows].masked_fill(torch.rand(batch, 1) < 0.1, 0)
-        found = model(noisy(images[rows], step, noise), step.float(), tokens)["noise"]
-        loss = functional.mse_loss(found, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        mean = 0.99 * mean + 0.01 * loss.item()
-        if i % 100 == 0:
-            print(i, round(mean, 4), flush=True)
-    return model
+        return functional.mse_loss(model(noisy(images[rows], at, noise), at.float(), tokens)["noise"], noise)
+
+    stored.store(stored.train(Diffusion, loss, steps, 3e-3, decay=1e-4), __file__)
 
 
 if __name__ == "__main__":
-    save_file({name: value.half().contiguous() for name, value in train().state_dict().items()}, PATH)
+    main()

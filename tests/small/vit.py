@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from . import stored
 from .shapes import COLOURS, SHAPES, SIZE, Pictures, pictures
 
-WEIGHTS = Path(__file__).with_suffix(".safetensors")
 WIDTH, LAYERS, HEADS, PATCH = 64, 3, 4, 8
 TOKENS = 1 + (SIZE // PATCH) ** 2
 
@@ -72,9 +69,7 @@ class Vit(nn.Module):
 
 def trained() -> Vit:
     """With the weights beside this file, in float32."""
-    model = Vit().eval()
-    model.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
-    return model
+    return stored.load(Vit(), __file__)
 
 
 def right(logits: torch.Tensor, asked: Pictures) -> float:
@@ -83,22 +78,13 @@ def right(logits: torch.Tensor, asked: Pictures) -> float:
 
 
 def main(steps: int = 1000, batch: int = 64) -> None:
-    """Train for minutes on one core, and store the weights in float16."""
-    torch.manual_seed(0)
-    model = Vit()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for step in range(steps):
+    """Train for minutes on one core, and store the weights."""
+
+    def loss(model: Vit, step: int) -> torch.Tensor:
         seen = pictures(batch, 1000 + step)
-        loss = functional.cross_entropy(model(seen.pixels)["logits"], seen.kind, label_smoothing=0.02)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
-        if step % 100 == 99:
-            print(step + 1, round(loss.item(), 3), flush=True)
-    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, WEIGHTS)
+        return functional.cross_entropy(model(seen.pixels)["logits"], seen.kind, label_smoothing=0.02)
+
+    stored.store(stored.train(Vit, loss, steps, 2e-3), __file__)
     asked = pictures(1000, 1)
     with torch.no_grad():
         print("right:", right(trained()(asked.pixels)["logits"], asked))

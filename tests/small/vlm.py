@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from . import vit
+from . import stored, vit
 from .shapes import COLOURS, PLACES, SHAPES, Pictures, pictures
 from .vit import TOKENS, WIDTH, Block, Tower
 
-WEIGHTS = Path(__file__).with_suffix(".safetensors")
+LENT = "tower"  # the part that is the classifier's
 LAYERS = 2
 QUESTIONS = ("which shape is it ?", "what colour is it ?", "where is it now ?")
 ANSWERS = (*SHAPES, *COLOURS, *(f"place{number}" for number in range(PLACES)))
@@ -57,9 +54,13 @@ def questions(seen: Pictures, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def trained() -> Vlm:
     """With the tower of the classifier and the weights beside this file, in float32."""
-    model = Vlm().eval()
-    model.tower = vit.trained().tower
-    model.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()}, strict=False)
+    return stored.load(_begun(), __file__, LENT)
+
+
+def _begun() -> Vlm:
+    """With the tower of the classifier, which learns no more."""
+    model = Vlm()
+    model.tower = vit.trained().tower.requires_grad_(False)
     return model
 
 
@@ -69,26 +70,14 @@ def right(logits: torch.Tensor, follows: torch.Tensor) -> float:
 
 
 def main(steps: int = 700, batch: int = 64) -> None:
-    """Train for minutes on one core, and store the weights in float16."""
-    torch.manual_seed(0)
-    model = Vlm()
-    model.tower = vit.trained().tower.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.02)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for step in range(steps):
+    """Train for minutes on one core, and store the weights."""
+
+    def loss(model: Vlm, step: int) -> torch.Tensor:
         seen = pictures(batch, 1000 + step)
         tokens, follows = questions(seen, 1000 + step)
-        logits = model(seen.pixels, tokens)["logits"]
-        loss = functional.cross_entropy(logits.flatten(0, 1), follows.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
-        if step % 100 == 99:
-            print(step + 1, round(loss.item(), 3), right(logits, follows), flush=True)
-    own = {name: value.half().contiguous() for name, value in model.state_dict().items() if "tower" not in name}
-    save_file(own, WEIGHTS)
+        return functional.cross_entropy(model(seen.pixels, tokens)["logits"].flatten(0, 1), follows.flatten())
+
+    stored.store(stored.train(_begun, loss, steps, 3e-3), __file__, LENT)
     asked = pictures(1000, 1)
     tokens, follows = questions(asked, 1)
     with torch.no_grad():
