@@ -16,7 +16,7 @@ import torch
 from ..ir.errors import SmeltError
 from .accept import Standing, Walker, acceptor
 from .constraint import Constraint
-from .drafters.base import Drafted, Drafter, Verified
+from .drafters.base import Drafted, Drafter, Outputs, Verified
 from .drafters.make import Setting, drafter
 from .pace import Emitted, Pace
 from .sampling import Sampling, not_finite
@@ -133,14 +133,22 @@ class Decoding(Writer):
     def _verified(self, drafts: bool) -> list[list[int]]:
         """Draft, evaluate, walk and commit; returns the tokens that each row got."""
         tree = Trees(self._drafts(drafts), self.drafter is not None and self.drafter.fixed)
-        running = torch.tensor([not row.done for row in self.rows])
-        positions = torch.tensor(self.session.cache.lengths)[:, None] + tree.depths
-        valid = running[:, None] & tree.real & (positions < self.session.cache.capacity)
+        cache = self.session.cache
+        positions = tree.behind(cache.lengths)
+        whole = tree.whole and max(cache.lengths) + tree.deepest < cache.capacity
+        if whole and not any(row.done for row in self.rows):  # the usual case, without ten small tensors
+            valid, at = tree.real, positions
+        else:
+            running = torch.tensor([not row.done for row in self.rows])
+            valid = running[:, None] & tree.real & (positions < cache.capacity)
+            at = positions * valid
         draw = self._draw if self._accept.plain else None
-        outputs = self.session.step(tree.tokens, positions * valid, valid, tree.ancestors, draw=draw)
-        paths, fresh = self._walk(tree, positions, outputs["logits"])
+        outputs = self.session.step(tree.tokens, at, valid, tree.ancestors, draw=draw)
+        kernels = self.session.chosen if self._accept.plain else None
+        chosen = None if kernels is None else kernels.tolist()
+        paths, fresh = self._walk(tree, positions, outputs["logits"], chosen)
         if self.drafter is not None:
-            self._tell(self.drafter, drafts, tree, valid, outputs, paths, fresh)
+            self._tell(self.drafter, drafts, tree, valid, outputs, paths, fresh, chosen)
         self.session.cache.commit(paths)
         return fresh
 
@@ -167,17 +175,18 @@ class Decoding(Writer):
         outputs: Mapping[str, torch.Tensor],
         paths: Sequence[Sequence[int]],
         fresh: Sequence[Sequence[int]],
+        chosen: Sequence[Sequence[int]] | None,
     ) -> None:
         """Let the drafter learn from the step, even if it did not draft."""
-        chosen = self.session.chosen
         for number, path in enumerate(paths):
             if not path:
                 continue
             if drafter.harvests:
-                whole = bool(valid[number].all())  # else a mask copies the logits
-                read: slice | torch.Tensor = slice(None) if whole else valid[number]
-                drafter.harvest(number, tree.tokens[number][read], outputs["logits"][number][read])
-            told = {name: value[number] for name, value in outputs.items()}
+                tokens, logits = tree.tokens[number], outputs["logits"][number]
+                if not ((tree.whole and valid is tree.real) or valid[number].all()):  # a mask copies the logits
+                    tokens, logits = tokens[valid[number]], logits[valid[number]]
+                drafter.harvest(number, tokens, logits)
+            told = Outputs(outputs, number)
             if drafts:
                 drafter.observe(number, Verified(fresh[number], path, told, None if chosen is None else chosen[number]))
                 continue
@@ -186,12 +195,16 @@ class Decoding(Writer):
                 drafter.watch(number, {name: value[:1] for name, value in told.items() if name != "logits"})
 
     def _walk(
-        self, tree: Trees, positions: torch.Tensor, logits: torch.Tensor
+        self,
+        tree: Trees,
+        positions: torch.Tensor,
+        logits: torch.Tensor,
+        chosen: Sequence[Sequence[int]] | None,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """For each row the accepted nodes, and the tokens that come behind each of them; all rows walk at once.
 
         A row that has ended has none. No path is longer than the cache has room for: the token that makes a page leave
-        changes what the next one sees.
+        changes what the next one sees. `chosen` [B][N]: what the kernels chose, if they do and the rule takes it.
         """
         left = [
             0 if row.done else min(room, self.limits.new_tokens - len(row.tokens))
@@ -200,8 +213,6 @@ class Decoding(Writer):
         paths: list[list[int]] = [[0] if steps else [] for steps in left]
         fresh: list[list[int]] = [[] for _ in left]
         walking = [number for number, steps in enumerate(left) if steps]
-        kernels = self.session.chosen if self._accept.plain else None
-        chosen = None if kernels is None else kernels.tolist()
         while walking:
             down = []
             for number, token, child in self._behind(walking, paths, tree, positions, logits, chosen):
@@ -222,10 +233,7 @@ class Decoding(Writer):
         logits: torch.Tensor,
         chosen: Sequence[Sequence[int]] | None,
     ) -> Iterator[tuple[int, int, int | None]]:
-        """(row, token, its node if it was drafted) behind the last node of each row's path.
-
-        `chosen` [B][N]: what the kernels chose, if they do and the rule takes it.
-        """
+        """(row, token, its node if it was drafted) behind the last node of each row's path; `chosen` as in `_walk`."""
         nodes = [paths[number][-1] for number in rows]
         if chosen is not None:
             for number, node in zip(rows, nodes, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,26 +46,42 @@ class Aside:
     nodes: Sequence[int] | None = None
 
 
+class Outputs(Mapping[str, torch.Tensor]):
+    """One row's part of a step's outputs [B, ...], made when somebody asks for it."""
+
+    def __init__(self, outputs: Mapping[str, torch.Tensor], row: int) -> None:
+        self._outputs, self._row = outputs, row
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._outputs[name][self._row]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+
 @dataclass(frozen=True)
 class Verified:
     """What a step told of one row: tokens that it committed, the accepted nodes, and the model's outputs [T, ...].
 
-    `chosen` int64 [T]: the token that the model chooses behind each node, where a kernel chose.
+    `chosen` [T]: the token that the model chooses behind each node, where a kernel chose.
     """
 
     fresh: Sequence[int]
     path: Sequence[int]
     outputs: Mapping[str, torch.Tensor]
-    chosen: torch.Tensor | None = None
+    chosen: Sequence[int] | None = None
 
 
 def chosen_behind(verified: Verified, nodes: range) -> list[int]:
     """The tokens that the model chooses behind these rows of a step; the likeliest where no kernel chose."""
-    chosen = verified.chosen
-    if chosen is None:
-        chosen = verified.outputs["logits"][nodes.start : nodes.stop].argmax(-1)
-        return [int(token) for token in chosen]
-    return [max(0, int(token)) for token in chosen[nodes.start : nodes.stop]]
+    rows = slice(nodes.start, nodes.stop)
+    if verified.chosen is not None:
+        return [max(0, token) for token in verified.chosen[rows]]
+    likeliest: list[int] = verified.outputs["logits"][rows].argmax(-1).tolist()
+    return likeliest
 
 
 class Drafter:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...codegen.largest import Largest
 from ...ir.decode import (
     DecodePlan,
     Draft,
@@ -77,8 +78,10 @@ def _of(draft: Draft, plan: DecodePlan, vocabulary: int, setting: Setting) -> Dr
             return FusedDrafter(draft, session, setting.sampling, setting.requests)
         kind = FeatureDrafter if FEATURES in drafting.program.inputs else ModelDrafter
         return kind(draft, session, setting.sampling, setting.requests)
+    if isinstance(draft, Recycle):
+        find = Largest(draft.width) if setting.session.plan.target == "cpp" else None
+        return RecycleDrafter(draft, vocabulary, rows, find)
     known: dict[type[Draft], Callable[[Any, int, int], Drafter]] = {
-        Recycle: RecycleDrafter,
         Heads: HeadsDrafter,
         Prompts: PromptsDrafter,
         Lookup: LookupDrafter,

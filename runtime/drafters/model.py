@@ -88,7 +88,7 @@ class ModelDrafter(History):
         fresh = [tokens[cache.lengths[row] :] if row in rows else [] for row, tokens in enumerate(self.tokens)]
         chains = Trees([Drafted.chain(new or [0]) for new in fresh])
         running = torch.tensor([bool(new) for new in fresh])
-        positions = torch.tensor(cache.lengths)[:, None] + chains.depths
+        positions = chains.behind(cache.lengths)
         valid = running[:, None] & chains.real
         outputs = self.session.step(chains.tokens, positions * valid, valid)
         last = outputs["logits"][torch.arange(len(fresh)), torch.tensor([max(0, len(new) - 1) for new in fresh])]
@@ -101,7 +101,7 @@ class ModelDrafter(History):
         some = drafts[rows[0]].tree.drafted()
         trees = Trees([drafts[row].tree.drafted() if row in rows else some for row in range(len(self.tokens))])
         running = torch.tensor([row in rows for row in range(len(self.tokens))])
-        positions = torch.tensor(self.session.cache.lengths)[:, None] - 1 + trees.depths
+        positions = trees.behind([length - 1 for length in self.session.cache.lengths])
         valid = running[:, None] & trees.real & (positions < self.session.cache.capacity)
         outputs = self._evaluate(trees, positions * valid, valid)
         return {row: {node: outputs["logits"][row, node - 1] for node in drafts[row].level} for row in rows}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ...ir.decode import Recycle, Tree
+from ...ir.decode import Recycle
 from .base import Drafted, Drafter, Verified
 from .largest import largest
 
-Indices: TypeAlias = npt.NDArray[np.int64]
+Find: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RecycleDrafter(Drafter):
@@ -24,32 +24,29 @@ class RecycleDrafter(Drafter):
 
     harvests = fixed = True
 
-    def __init__(self, draft: Recycle, vocabulary: int, rows: int) -> None:
+    def __init__(self, draft: Recycle, vocabulary: int, rows: int, find: Find | None = None) -> None:
+        """`find`: the ids [n, width] of the largest logits [n, V], where a kernel finds them."""
         self.width = draft.width
+        self._find = find or partial(largest, count=draft.width)
         self.matrix = np.zeros((vocabulary, draft.width), np.int64)
-        self._levels = _levels(draft.tree)
         self._tree = draft.tree
+        self._steps = list(zip(draft.tree.parents, draft.tree.ranks, strict=True))[1:]
         self._pending = [0] * rows
 
     def begin(self, row: int, tokens: Sequence[int]) -> None:
         self._pending[row] = tokens[-1]
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        self.matrix[tokens.numpy()] = largest(logits, self.width).numpy()  # of equal indices the last one counts
+        self.matrix[tokens.numpy()] = self._find(logits).numpy()  # of equal indices the last one counts
 
     def observe(self, row: int, verified: Verified) -> None:
         if verified.fresh:
             self._pending[row] = verified.fresh[-1]
 
     def propose(self, row: int) -> Drafted:
-        tokens = np.full(len(self._tree), self._pending[row])
-        for nodes, parents, ranks in self._levels:
-            tokens[nodes] = self.matrix[tokens[parents], ranks]
-        return Drafted(tokens.tolist(), self._tree.parents)
-
-
-def _levels(tree: Tree) -> list[tuple[Indices, Indices, Indices]]:
-    """(nodes, parents, ranks) of each depth below the root."""
-    depths, parents, ranks = (np.array(column) for column in (tree.depths, tree.parents, tree.ranks))
-    found = [np.flatnonzero(depths == depth) for depth in range(1, max(tree.depths) + 1)]
-    return [(nodes, parents[nodes], ranks[nodes]) for nodes in found]
+        tokens, behind = [self._pending[row]], dict[int, list[int]]()
+        for parent, rank in self._steps:
+            if parent not in behind:
+                behind[parent] = self.matrix[tokens[parent]].tolist()
+            tokens.append(behind[parent][rank])
+        return Drafted(tokens, self._tree.parents)

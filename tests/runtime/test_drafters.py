@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smelt.codegen.largest import Largest
 from smelt.ir import decode
 from smelt.ir.decode import DecodePlan, Tree
 from smelt.ir.errors import SmeltError
@@ -98,7 +100,8 @@ def paths(drafted: Any) -> list[tuple[int, ...]]:
 
 def setting(rows: int) -> Setting:
     """Rows of nothing: these drafters read no model."""
-    return Setting(None, Sampling(), torch.arange(rows))  # type: ignore[arg-type]
+    session = SimpleNamespace(plan=SimpleNamespace(target="torch"))
+    return Setting(session, Sampling(), torch.arange(rows))  # type: ignore[arg-type]
 
 
 def begun(draft: decode.Draft, tokens: list[int], tables: dict[str, torch.Tensor] | None = None) -> Drafter:
@@ -217,6 +220,16 @@ def test_a_union_takes_the_likeliest_nodes_of_all() -> None:
     alone = {path for draft in union.drafts for path in paths(begun(draft, text, COUNTED).propose(0))}
     assert len(alone) == 6 and set(paths(drafted)) == alone - {(4, 7, 3)}  # (4,) at 0.6 by lookup, 0.4 by the table
     assert drafted.likely == pytest.approx([1.0, 0.6, 0.6, 0.6, 0.54, 0.54])
+
+
+def test_a_kernel_finds_the_successors_that_the_reference_finds() -> None:
+    random = torch.Generator().manual_seed(0)
+    behind = torch.rand(3, 4099, generator=random)
+    plain = RecycleDrafter(RECYCLE, 4099, 1)
+    found = RecycleDrafter(RECYCLE, 4099, 1, Largest(RECYCLE.width))
+    for made in (plain, found):
+        made.harvest(0, torch.tensor([7, 4098, 7]), behind)  # the later place counts
+    assert np.array_equal(plain.matrix, found.matrix) and found.matrix[7].tolist() == behind[2].topk(3).indices.tolist()
 
 
 def test_the_plan_names_the_drafter() -> None:

@@ -261,8 +261,8 @@ def test_a_causal_mask_in_place_of_the_tree_is_caught(case: Case, monkeypatch: p
 def test_a_child_taken_without_a_look_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     case, right = prepared(DENSE), Decoding._walk
 
-    def careless(self: Decoding, tree: trees.Trees, positions: torch.Tensor, logits: torch.Tensor) -> Any:
-        paths, fresh = right(self, tree, positions, logits)
+    def careless(self: Decoding, tree: trees.Trees, positions: torch.Tensor, logits: torch.Tensor, chosen: Any) -> Any:
+        paths, fresh = right(self, tree, positions, logits, chosen)
         for number, path in enumerate(paths):
             below = tree.below(number, 0).nodes
             if len(path) == 1 and below and len(self.rows[number].tokens) + 2 <= NEW:
