@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 
 # Two processes of one thread each: on a shared machine, OpenMP threads that outnumber the cores wait for each other.
 test: $(VENV)/.installed $(VENV)/.encoder
-	@parallel=$$($(PY) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null || true)
+	@parallel=$$($(PY) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null || true)
 	OMP_NUM_THREADS=1 SMELT_THREADS=1 $(PY) -m pytest $$parallel $(ARGS)
 
 lint: $(VENV)/.installed

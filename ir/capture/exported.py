@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import config as fx_config
 
 from ..errors import SmeltError
 from ..program import Program
@@ -21,6 +22,7 @@ from ..weight import Weight
 
 aten = torch.ops.aten
 _COMPARISONS = {operator.ge, operator.le, operator.gt, operator.lt, operator.eq, operator.ne}
+_TRACES = "do_not_emit_stack_traces"  # torch 2.11 does not know it
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -80,14 +82,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """torch logs tracebacks and prints half a graph when it stops; the error says what matters."""
     loggers = [logging.getLogger(name) for name in _LOUD]
-    before = [logger.disabled for logger in loggers]
+    before, traces = [logger.disabled for logger in loggers], getattr(fx_config, _TRACES, False)
     for logger in loggers:
         logger.disabled = True
+    setattr(fx_config, _TRACES, True)  # to record them takes a tenth of a trace, and no Program keeps them
     try:
         with redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch about itself
             yield
     finally:
+        setattr(fx_config, _TRACES, traces)
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
 

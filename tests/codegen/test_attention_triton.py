@@ -1,9 +1,7 @@
 """The Triton attention kernel: against the reference in Triton's interpreter, and compiled for two GPUs without one."""
 
-import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,8 @@ from smelt.codegen.attention_triton_columns import CODE, parted
 from smelt.ir.cache import Cache, CachePlan, Select, Site
 from smelt.ir.encoding import Affine, Dense
 from smelt.ir.encoding.expr import loads
+
+from .triton_checks import compiled, in_the_interpreter, interpreted
 
 pytest.importorskip("triton")
 
@@ -35,8 +35,6 @@ SITES = {
 }
 LENGTHS = [0, 77]  # 77: four sinks, one page, 41 in the tail
 TOLERANCE = {"float32": 3e-6, "float16": 3e-3}  # float16: 11 bits in the weights and in the scaled query
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a child process, under TRITON_INTERPRET=1")
 
 
 def fresh(site: Site, rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -185,16 +183,12 @@ def test_the_comparison_catches_a_wrong_kernel(monkeypatch):
         assert check(site, 3, plain=False) > 100 * TOLERANCE["float32"], right
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the parent process")
+@compiled
 def test_everything_holds_in_the_interpreter():
-    """Triton reads the variable when it is imported, so the interpreter has a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout[-4000:]
+    in_the_interpreter(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@compiled
 @pytest.mark.parametrize(
     ("name", "capability", "rows"),
     [
@@ -224,19 +218,19 @@ def test_the_kernel_compiles_for_a_gpu_without_spilling(name, capability, rows, 
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if "*" in types[name]}
         source = ASTSource(function, types, constants, aligned)
         choice = options(site) if function is kernel.attend else {}
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=choice)
-        assert compiled.metadata.shared <= 99 * 1024  # what a block may have on every card since sm_80
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=choice)
+        assert made.metadata.shared <= 99 * 1024  # what a block may have on every card since sm_80
         if width == 128:
-            assert compiled.metadata.shared * OCCUPANCY <= 128 * 1024  # of 164 KiB on sm_80
-        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+            assert made.metadata.shared * OCCUPANCY <= 128 * 1024  # of 164 KiB on sm_80
+        (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
         dump = [tools / "cuobjdump", "--dump-resource-usage", tmp_path / "kernel.cubin"]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         registers = re.search(r"REG:(\d+) STACK:0 ", usage)
         assert registers, usage
         assert int(registers[1]) * 32 * choice.get("num_warps", 4) <= 65536 // (OCCUPANCY if width == 128 else 1)
         if function is kernel.attend and "kivi" in name:  # a packed byte is read once, sixteen at a time
-            assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
-            assert not re.search(r"ld\.global\.(b8|u8|s8)", compiled.asm["ptx"])
+            assert "cp.async.cg.shared.global" in made.asm["ptx"]
+            assert not re.search(r"ld\.global\.(b8|u8|s8)", made.asm["ptx"])
 
 
 @pytest.mark.gpu

@@ -1,9 +1,7 @@
 """The Triton cut cross-entropy: against the reference in Triton's interpreter, and compiled without a GPU."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,13 @@ from smelt.ir.errors import SmeltError
 from smelt.ir.ops import loss as loss_op
 from smelt.ir.ops.loss import HEAD_CROSS_ENTROPY, head_cross_entropy
 
+from .triton_checks import INTERPRETED, compiled, in_the_interpreter, interpreted
+
 pytest.importorskip("triton")
 
 SMALL = Tile(tokens=16, words=32, columns=16, warps=4)
 SHAPES = [(1, 1, 1), (16, 32, 16), (17, 70, 33), (37, 129, 20)]
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of the largest entry
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a child process, under TRITON_INTERPRET=1")
 
 
 def problem(n, v, k, dtype=torch.float32, device="cpu", sharp=1.0):
@@ -150,17 +148,12 @@ def test_kernels_are_registered_for_cuda_devices_once(monkeypatch):
     assert {"cuda": first} == loss_op.KERNELS and isinstance(first, TritonKernels)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the parent process")
+@compiled
 def test_everything_holds_in_the_interpreter():
-    """Triton reads the variable when it is imported, so the interpreter has a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout
+    in_the_interpreter(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@compiled
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_kernels_compile_for_a_gpu_without_spilling(dtype, capability, tmp_path, monkeypatch):
@@ -182,9 +175,9 @@ def test_the_kernels_compile_for_a_gpu_without_spilling(dtype, capability, tmp_p
         }
         source = ASTSource(function, types, constants, aligned)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert compiled.metadata.shared <= 99 * 1024  # what a block may have on every card since sm_80
-        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert made.metadata.shared <= 99 * 1024  # what a block may have on every card since sm_80
+        (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
         dump = [tools / "cuobjdump", "--dump-resource-usage", tmp_path / "kernel.cubin"]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         assert re.search(r"REG:\d+ STACK:0 ", usage), (name, usage)

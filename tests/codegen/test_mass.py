@@ -144,7 +144,7 @@ def with_sinks() -> Program:
 def kept(target) -> list[list[int]]:
     """Positions of the tokens that survive of a prompt, by layer and KV head."""
     session = Session(lower(with_sinks(), target), 1, 64)
-    session.prefill([[(7 * i) % zoo.VOCABULARY for i in range(33)]])
+    session.prefill([[(7 * i) % zoo.VOCABULARY for i in range(20)]])
     bodies = [segments.bodies[0].decoded(0) for segments in session.cache.segments.values()]
     return [row[real.isfinite()].tolist() for b in bodies for row, real in zip(b.positions, b.bias, strict=True)]
 

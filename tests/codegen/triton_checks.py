@@ -4,6 +4,8 @@ Triton decides at its import whether it interprets. Tests marked `interpreted` a
 by `in_the_interpreter` in a child; tests marked `compiled` compile for GPUs that need not be there.
 """
 
+import functools
+import inspect
 import os
 import re
 import subprocess
@@ -25,6 +27,27 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a child proces
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 # halves round x, weights and results once each, and a gate multiplies two such values
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+
+
+def _list_builtins_once() -> None:
+    """The interpreter lists all of Triton's language for each launch and call: a third of its time."""
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package: Any) -> list[tuple[str, Any]]:
+        members = inspect.getmembers(package)
+        return [(name, member) for name, member in members if interpreter.tl.core.is_builtin(member)]
+
+    def patch(package: Any, builder: Any, scope: Any) -> None:
+        for name, member in builtins(package):
+            if getattr(package, name) is member:  # else a launch stands in for it, whose kernel calls a function
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
+
+
+if INTERPRETED:
+    _list_builtins_once()
 
 
 def in_the_interpreter(file: str) -> None:

@@ -98,9 +98,9 @@ def test_a_model_in_memory_is_captured_like_its_folder(folder_of: Folders) -> No
     assert torch.equal(interpret(program, inputs)["logits"], interpret(capture(folder_of("qwen3")), inputs)["logits"])
 
 
-def test_windows_softcaps_and_sinks_are_arguments_of_attention() -> None:
+def test_windows_softcaps_and_sinks_are_arguments_of_attention(folder_of: Folders) -> None:
     def told(family: str, name: str) -> list[Any]:
-        return [arguments(node)[name] for node in capture(model(family)).calls(ATTENTION)]
+        return [arguments(node)[name] for node in capture(folder_of(family)).calls(ATTENTION)]
 
     assert told("mistral", "window") == [None, None]
     assert told("mistral_window", "window") == [WINDOW, WINDOW]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import Counter
 from pathlib import Path
@@ -34,14 +33,11 @@ def _reason(name: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[Outcome]:
-    gc.collect()
-    gc.freeze()  # exporting makes garbage by the million, and what is loaded already is none of it
     logging.disable(logging.CRITICAL)  # torch tells every step of a trace, and pytest keeps it all
     try:
         return [outcome(case) for case in cases()]
     finally:
         logging.disable(logging.NOTSET)
-        gc.unfreeze()
 
 
 def test_nine_of_ten_pass_and_none_is_wrong(outcomes: list[Outcome], capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def _source() -> Program:
     """A random llama of two layers, two KV heads of 64, float16 weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
