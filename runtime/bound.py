@@ -19,6 +19,7 @@ from torch import fx
 
 from ..codegen.build import threads
 from ..codegen.choose import Chooser
+from ..codegen.choose_triton import TritonChooser
 from ..codegen.fuse import Chain, Region
 from ..codegen.fused import Codes, ProductKernel, QuantizeKernel
 from ..codegen.mass import column_sums
@@ -76,7 +77,7 @@ class Bound:
         """
         self.last = last
         self.plan, self.inputs, self.cache = plan, dict(inputs), cache
-        self.outputs: dict[str, torch.Tensor] = {}
+        self.outputs: Mapping[str, torch.Tensor] = {}
         self._made: list[Callable[[], Any]] = []
         self._decoded = decoded
         self._pool = Pool(plan.device)
@@ -87,7 +88,7 @@ class Bound:
         self._fixed = {t.untyped_storage().data_ptr() for t in (*inputs.values(), *decoded.values())}
         self._leads: dict[fx.Node, tuple[int, ...]] = {}  # of activations that are codes: the shape but for columns
         self._logits = _logits(plan.program.graph, [region for region, _ in plan.regions])
-        self.chooser: Chooser | None = None
+        self.chooser: Chooser | TritonChooser | None = None
         self.alone = True  # whether the calls of a step need nobody to count the cache's tokens between two of them
         self._starts = {region.at: (region, kernel) for region, kernel in plan.regions}
         self._inside = {node: region for region, _ in plan.regions for node in region.nodes}
@@ -198,8 +199,8 @@ class Bound:
             self._note(made, region.at)
             if isinstance(kernel, ProductKernel) and kernel.head and self._logits and self.last is None and self.cache:
                 inputs = self.inputs["positions"], self.inputs["tokens"]
-                self.chooser = Chooser(made, *inputs, ranks=threads())
-                self._note(self.chooser.call, region.at)
+                self.chooser = chooser = Chooser(made, *inputs, ranks=threads())
+                self._note(chooser.call, region.at)
 
     @contextmanager
     def _last_only(self, nodes: Sequence[fx.Node]) -> Iterator[None]:

@@ -1,15 +1,15 @@
 """A plan of target triton bound to one batch, one number of tokens and one cache: launches, captured in a CUDA graph.
 
-Inputs and results are buffers of the host; `run` takes the inputs to buffers of the device, runs the step there and
-brings the results back. The first run launches each kernel by itself, which compiles and tunes it. From the second on
-the step is one graph: its grids and addresses are fixed, and what changes from step to step (tokens, positions, counts
-of the cache, who sees whom) is read from device memory. A cache whose buffers moved starts over. Pages leave the cache
-between steps, by launches of their own (`Cache.commit`).
+Inputs and results are buffers of the host; `run` takes the inputs to buffers of the device and runs the step there. A
+result comes back when somebody asks for it. The first run launches each kernel by itself, which compiles and tunes it.
+From the second on the step is one graph: its grids and addresses are fixed, and what changes from step to step (tokens,
+positions, counts of the cache, who sees whom, how tokens are chosen) is read from device memory. A cache whose buffers
+moved starts over. Pages leave the cache between steps, by launches of their own (`Cache.commit`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..codegen.choose_triton import TritonChooser, likes
 from ..codegen.device_triton import device
 from ..codegen.encode_triton import encoded
 from ..codegen.fuse import Region
@@ -26,6 +27,7 @@ from ..codegen.mass_triton import column_sums, covers
 from ..codegen.plan import Plan
 from ..ir.cache import Cache
 from ..ir.cache.step import Step
+from ..ir.ops import HEAD, is_op
 from .bound import ALIGN, Bound
 
 _LAST, _POSITIONS, _VALID, _WORDS = "last token", "step positions", "step valid", "step words"  # no names of inputs
@@ -68,14 +70,49 @@ class Mirror:
             {name: block[slice(*places[name])].view(like.dtype).view(like.shape) for name, like in likes.items()}
             for block in (self._from, self._to)
         )
+        self._read = _event(device)
 
     def send(self) -> None:
-        """Bring what is here over; whoever writes here again must have waited for the device since."""
+        """Bring what is here over; whoever writes here again must have called `wait` since."""
         self._to.copy_(self._from, non_blocking=True)
+        if self._read is not None:
+            self._read.record()
+
+    def wait(self) -> None:
+        """Until the device has read what was sent."""
+        if self._read is not None:
+            self._read.synchronize()
+
+
+class Results(Mapping[str, torch.Tensor]):
+    """Results of a run by name, each brought to a buffer of the host when it is first asked for after the run."""
+
+    def __init__(self, there: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._there, self._device = there, device
+        self._here: dict[str, torch.Tensor] = {}
+        self._old = set(there)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._old:
+            if name not in self._here:
+                self._here[name] = _on_host(self._there[name], self._device)
+            self._here[name].copy_(self._there[name])  # waits for the device
+            self._old.remove(name)
+        return self._here[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._there)
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    def forget(self) -> None:
+        """A run follows: what was brought is old."""
+        self._old = set(self._there)
 
 
 class TritonBound(Bound):
-    """`run()` computes `outputs` from `inputs`; both are fixed buffers of the host, by name."""
+    """`run()` computes `outputs` from `inputs`; both are buffers of the host by name, outputs once they are read."""
 
     def __init__(
         self,
@@ -90,6 +127,7 @@ class TritonBound(Bound):
         given = dict(inputs) if last is None else {**inputs, _LAST: last}
         if cache is not None:
             rows, new = next(iter(inputs.values())).shape[:2]
+            given |= likes(rows)
             given |= _of_step(Step(torch.zeros(rows, new, dtype=torch.int64), torch.ones(rows, new, dtype=torch.bool)))
         with _on(plan.device):
             self._mirror = Mirror(given, plan.device)
@@ -100,9 +138,8 @@ class TritonBound(Bound):
                 body.encode = encoded  # pages leave without a word from the device
             if covers(segments.tail_k.dtype, segments.site.key_dim) is None:
                 segments.sums = column_sums
-        self._results = self.outputs
         self.inputs, self.last = {name: self._mirror.here[name] for name in inputs}, self._mirror.here.get(_LAST)
-        self.outputs = {name: _on_host(value, plan.device) for name, value in self._results.items()}
+        self.outputs: Results = Results(self.outputs, plan.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self._generation = -1
@@ -120,10 +157,10 @@ class TritonBound(Bound):
     def run(self) -> None:
         """One step."""
         with _on(self.plan.device):
+            self.outputs.forget()
             self._place()
             self._launch()
-            for name, value in self._results.items():
-                self.outputs[name].copy_(value)  # waits for the device
+            self._mirror.wait()  # the next step's inputs are written over this one's
 
     def again(self) -> None:
         """As `run`."""
@@ -179,6 +216,13 @@ class TritonBound(Bound):
         self._values.update(outputs)
         for run in runs:
             self._note(run, region.at)
+        head = len(region.chains) == 1 and all(is_op(product, HEAD) for product in region.chains[0].products)
+        if region.kind == "product" and head and self._logits and self.last is None and self.cache:
+            logits, positions = outputs[region.chains[0].output], self.inputs["positions"]
+            buffer = _on_host(positions, self.plan.device)
+            self.chooser = chooser = TritonChooser(logits, positions, self._mirror.here, self._mirror.there, buffer)
+            for call in chooser.calls:
+                self._note(call, region.at)
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
         """As `Bound`; what an op makes anew it makes on the device."""
@@ -200,6 +244,11 @@ def _of_step(step: Step) -> dict[str, torch.Tensor]:
 def _on_host(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A buffer of the host, where a GPU can write it without a copy in between."""
     return torch.zeros(like.shape, dtype=like.dtype, pin_memory=device.type == "cuda")
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """What the host can wait for; where there is no GPU it need not."""
+    return torch.cuda.Event() if device.type == "cuda" else None
 
 
 def _on(to: torch.device) -> AbstractContextManager[Any]:

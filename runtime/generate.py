@@ -146,7 +146,7 @@ class Decoding(Writer):
         outputs = self.session.step(tree.tokens, at, valid, tree.ancestors, draw=draw)
         kernels = self.session.chosen if self._accept.plain else None
         chosen = None if kernels is None else kernels.tolist()
-        paths, fresh = self._walk(tree, positions, outputs["logits"], chosen)
+        paths, fresh = self._walk(tree, positions, outputs, chosen)
         if self.drafter is not None:
             self._tell(self.drafter, drafts, tree, valid, outputs, paths, fresh, chosen)
         self.session.cache.commit(paths)
@@ -192,13 +192,13 @@ class Decoding(Writer):
                 continue
             self._untold[number] += len(fresh[number])
             if drafter.watches:
-                drafter.watch(number, {name: value[:1] for name, value in told.items() if name != "logits"})
+                drafter.watch(number, {name: told[name][:1] for name in told if name != "logits"})
 
     def _walk(
         self,
         tree: Trees,
         positions: torch.Tensor,
-        logits: torch.Tensor,
+        outputs: Mapping[str, torch.Tensor],
         chosen: Sequence[Sequence[int]] | None,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """For each row the accepted nodes, and the tokens that come behind each of them; all rows walk at once.
@@ -215,7 +215,7 @@ class Decoding(Writer):
         walking = [number for number, steps in enumerate(left) if steps]
         while walking:
             down = []
-            for number, token, child in self._behind(walking, paths, tree, positions, logits, chosen):
+            for number, token, child in self._behind(walking, paths, tree, positions, outputs, chosen):
                 fresh[number].append(token)
                 ends = token in self.limits.eos or (self._guides is not None and self._guides[number].over)
                 if child is not None and len(paths[number]) < left[number] and not ends:
@@ -230,7 +230,7 @@ class Decoding(Writer):
         paths: Sequence[Sequence[int]],
         tree: Trees,
         positions: torch.Tensor,
-        logits: torch.Tensor,
+        outputs: Mapping[str, torch.Tensor],
         chosen: Sequence[Sequence[int]] | None,
     ) -> Iterator[tuple[int, int, int | None]]:
         """(row, token, its node if it was drafted) behind the last node of each row's path; `chosen` as in `_walk`."""
@@ -243,7 +243,7 @@ class Decoding(Writer):
                 yield number, token, tree.child(number, node, token)
             return
         at, behind = torch.tensor(rows), torch.tensor(nodes)
-        processed = self._processed(at, logits[at, behind])
+        processed = self._processed(at, outputs["logits"][at, behind])
         keys = self._requests[at], positions[at, behind] + 1
         standing = Standing(processed, self.sampling, *keys, self._tested(at))
         drafted = [tree.below(number, node) for number, node in zip(rows, nodes, strict=True)]

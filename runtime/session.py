@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..codegen.choose import Chooser
 from ..codegen.plan import Plan
 from ..ir.blocks import attended
 from ..ir.cache import Cache
@@ -148,7 +149,8 @@ class Session:
         Arguments as in `Cache.begin`. `more`: inputs [B, T, …] beside tokens and positions, where the program has such.
         `last` int64 [B]: the one token of each row whose logits are asked for; they are
         [B, 1, V] then. With `draw` the tokens chosen behind all new ones are in `chosen`, if the plan has a kernel that
-        chooses. The results are buffers of the session: they hold until the next step.
+        chooses. The results are buffers of the session: they hold until the next step, and those of another device
+        come over when they are read.
         """
         new = tokens.shape[1]
         if valid is None:
@@ -187,7 +189,7 @@ class Session:
         bound = self.bound(1, stage=self._stage())
         if self._depth is not None:
             steps = min(steps, self._depth.left(self._generated) or steps)
-        assert bound.chooser is not None
+        assert isinstance(bound.chooser, Chooser)
         rows = [row for row, runs in enumerate(running) if runs]
         bound.inputs["tokens"].copy_(torch.tensor(tokens)[:, None])
         bound.inputs["positions"].copy_((torch.tensor(self.cache.lengths) * torch.tensor(running))[:, None])
@@ -222,9 +224,9 @@ class Session:
 
     @property
     def chains(self) -> bool:
-        """Whether the kernels of a step of one token choose the next one."""
+        """Whether the kernels of a step of one token choose the next one and move on; those of target triton do not."""
         bound = self.bound(1)
-        return bound.chooser is not None and bound.alone
+        return isinstance(bound.chooser, Chooser) and bound.alone
 
     def bound(self, tokens: int, last: bool = False, stage: int = 0) -> Bound:
         """The binding of steps of so many new tokens a row; `last`: of which one a row has logits.
@@ -289,7 +291,7 @@ class Session:
             if harvest is not None:
                 harvest(row, tokens[row, : len(piece)], outputs["logits"][row, : len(piece)])
             if watch is not None:
-                watch(row, {name: value[row, : len(piece)] for name, value in outputs.items() if name != "logits"})
+                watch(row, {name: outputs[name][row, : len(piece)] for name in outputs if name != "logits"})
         self.cache.commit([list(range(len(piece))) for piece in pieces])
 
 

@@ -78,7 +78,7 @@ def stepped(session: Session) -> None:
 def test_every_launch_compiles_as_it_is_asked_for(launches: Launches) -> None:
     """Over a compressed cache, from 4-bit weights; the step's one row and one token are constants."""
     stepped(session("coded", "triton"))
-    assert {"gemv", "gather", "rotate_append", "attend", "merge"} <= launches.shared.keys()
+    assert {"gemv", "gather", "rotate_append", "attend", "merge", "scan", "choose"} <= launches.shared.keys()
     assert max(map(max, launches.shared.values())) <= SHARED
 
 

@@ -20,7 +20,7 @@ from smelt.runtime.session import Session
 
 from ..codegen.triton_checks import compiled, in_the_interpreter, interpreted
 from ..ir.programs import cached, captured
-from .test_triton_target import TOLERANCE, Recorded, off, program, session, stepped
+from .test_triton_target import TIES, TOLERANCE, Recorded, off, program, session, stepped
 from .two_memories import THERE, Mixed, TwoMemories, two_memories
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -49,7 +49,7 @@ def test_steps_mix_no_memories(recipe: str, memories: TwoMemories) -> None:
     wanted = stepped(session(recipe, "torch"), steps)
     ours = session(recipe, "triton")
     memories.waits.clear()  # to make a cache may take as long as it takes
-    assert off(stepped(ours, steps), wanted) < TOLERANCE
+    assert off(stepped(ours, steps), wanted) < (TIES if recipe == "w4a8" else TOLERANCE)
     assert ours.plan.device == THERE and isinstance(ours.bound(1), TritonBound) and ours.bound(1).captured
     assert not memories.waits
 
@@ -63,7 +63,7 @@ def test_trees_and_ragged_rows_mix_no_memories(memories: TwoMemories) -> None:
 @interpreted
 @pytest.mark.parametrize(("recipe", "temperature"), [("none", 0.8), ("token-recycling", 0.0)])
 def test_generating_mixes_no_memories(recipe: str, temperature: float, memories: TwoMemories) -> None:
-    """Choice, drafts and their walk, on the host."""
+    """Choice on the host and on the device; drafts and their walk."""
     made = []
     for target in ("torch", "triton"):
         sampling = Sampling(temperature=temperature, repetition_penalty=1.1 if temperature else 1.0)

@@ -116,5 +116,6 @@ def two_memories(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoMemories]:
     monkeypatch.setattr(GridExecutor, "__call__", checked)
     monkeypatch.setattr(lower_triton, "likely", lambda: THERE)
     monkeypatch.setattr(bound_triton, "_on", lambda to: nullcontext())
+    monkeypatch.setattr(bound_triton, "_event", lambda device: None)
     with mode:
         yield mode
