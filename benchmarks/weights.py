@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from smelt.ir.shapes import derive
 from smelt.ir.weight import Weight
 from smelt.model import Compiled
 from smelt.passes.activations.quantize import Quantize as Rounded
-from smelt.passes.base import Pass, Samples
+from smelt.passes.base import Checkpoints, Pass, Samples
 from smelt.passes.cache.insert import Insert
 from smelt.passes.measure import compare, perplexity, replay
 from smelt.passes.prune._gates import find_places
@@ -64,16 +65,21 @@ ROOT = Path(__file__).resolve().parents[1]
 WINDOWS = 6  # of held-out text
 SAMPLE, LENGTH = 16, 256  # sequences of a sample of text, and the tokens of each and of a window
 
-STAGES = (Stage(2, 4), Stage(16, 1))  # of searches
+STAGES = (Stage(1, 6), Stage(4, 2), Stage(16, 1))  # of searches
+GENERATIONS = 8  # of those over weights
 BITS = tuple(Affine(bits, 64) for bits in (2, 3, 4, 8))
 SPARSE = (NM(1, 4, Affine(8, 32)), NM(2, 4, Affine(4, 64)), NM(2, 4, Affine(8, 64)))
 CACHES = (Stored(), *(Stored(Affine(b, 32, "channel", True), Affine(b, 32, "token", True)) for b in (4, 2)))
 
-Rows = dict[str, list[float]]
-
 
 class Model:
-    """The bundled model, the tokens that it is calibrated on, and what it answers on held-out text."""
+    """The bundled model, the tokens that it is calibrated on, and what it answers on held-out text.
+
+    kept: where searches leave solved levels and evaluations, for others on the same text and after a kill.
+    """
+
+    def __init__(self, kept: Path | None = None) -> None:
+        self.kept = kept
 
     @cached_property
     def program(self) -> Program:
@@ -98,9 +104,17 @@ class Model:
         starts = torch.randint(len(self._tokens) - LENGTH, (count,), generator=torch.Generator().manual_seed(seed))
         return Samples(torch.stack([self._tokens[at : at + LENGTH] for at in starts.tolist()]))
 
+    def kept_sample(self, seed: int, count: int = SAMPLE) -> Samples:
+        """The same for a search."""
+        return replace(self.sample(seed, count), checkpoints=Checkpoints(self.kept) if self.kept else None)
+
     def kl(self, steps: Sequence[Pass], samples: Samples) -> float:
         """How far the model is from itself after some passes, in nats."""
-        return compare(self._wanted, self._logits(self.after(steps, samples))).kl
+        return self.kl_of(self.after(steps, samples))
+
+    def kl_of(self, program: Program) -> float:
+        """How far another program is from the model, in nats."""
+        return compare(self._wanted, self._logits(program)).kl
 
     def after(self, steps: Sequence[Pass], samples: Samples) -> Program:
         """What some passes make of the model."""
@@ -122,11 +136,11 @@ class Model:
 
 def sparsity(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
     """Half of the weights, anywhere in a row and two of four, by magnitude, Wanda and SparseGPT."""
+    scored = Sparsify(score="magnitude"), Sparsify(score="wanda"), Sparsify(score="sparsegpt")
     for pattern in ("unstructured", "2:4"):
-        for score in ("magnitude", "wanda", "sparsegpt"):
-            step = Sparsify(pattern=pattern, score=score)  # type: ignore[arg-type]
+        for step in (replace(each, pattern=pattern) for each in scored):
             runs = seeds if step.calibration == "text" else 1
-            yield f"{pattern} {score}", [model.kl([step], model.sample(seed)) for seed in range(runs)]
+            yield f"{pattern} {step.score}", [model.kl([step], model.sample(seed)) for seed in range(runs)]
 
 
 def integers(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
@@ -145,27 +159,28 @@ def integers(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
 
 
 def blocks(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
-    """2 and 3 of the 12 attention and feed-forward parts left out, found in four ways; the last one lists all."""
+    """2 and 3 of the 12 attention and feed-forward parts left out on 8 sequences, in four ways; the last lists all."""
     for count in (2, 3):
-        steps: dict[str, Pass] = {"influence": Drop(count / 12, unit="block")}
-        for by in ("additive", "evolution", "exhaustive"):
-            steps[by] = Spend(Budget(blocks=count), depth=True, by=by, stages=STAGES)  # type: ignore[arg-type]
+        summed = Spend(Budget(blocks=count), depth=True, by="additive", stages=STAGES)
+        searches = summed, replace(summed, by="evolution"), replace(summed, by="exhaustive")
+        steps: dict[str, Pass] = {"influence": Drop(count / 12, unit="block"), **{each.by: each for each in searches}}
         for name, step in steps.items():
-            yield f"{count} by {name}", [model.kl([step], model.sample(seed)) for seed in range(seeds)]
+            yield f"{count} by {name}", [model.kl([step], model.kept_sample(seed, 8)) for seed in range(seeds)]
 
 
 def bits(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
     """Three bits in groups of 64 everywhere, and as many bits on average."""
-    for solver in ("nearest", "gptq"):
-        for name, levels in (("even", BITS[1:2]), ("evolution", BITS)):
-            step = Spend(Budget(bits=3.25), levels, solver=solver, stages=STAGES)  # type: ignore[arg-type]
-            yield f"{solver} {name}", [model.kl([step], model.sample(seed)) for seed in range(seeds)]
+    nearest = Spend(Budget(bits=3.25), BITS, stages=STAGES, generations=GENERATIONS)
+    for way in (nearest, replace(nearest, solver="gptq")):
+        for name, step in (("even", replace(way, weights=BITS[1:2])), ("evolution", way)):
+            yield f"{way.solver} {name}", [model.kl([step], model.kept_sample(seed)) for seed in range(seeds)]
 
 
 def mixture(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
-    """0.4 of the bytes of weights and of a cache of 1024 tokens, by one kind of level or several; read through it.
+    """0.4 of the bytes of weights and a cache of 1024 tokens, and 0.25 with one of 256, by one kind of level or more.
 
-    Sparse weights alone are kept as float16; with bits they are integers too. A cache alone cannot save as much.
+    The held-out text is read through that cache. Sparse weights alone are kept as float16; with bits they are integers
+    too. A cache alone cannot save as much. Levels are solved once for all searches on a sample.
     """
     source = model.program.fork()
     Insert().apply(source, None)
@@ -175,13 +190,15 @@ def mixture(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
     single = {"depth": {"depth": True}, "bits": {"weights": BITS, **solved}, "sparsity": {"weights": kept, **solved}}
     pair = {"bits and cache": {"weights": BITS, "cache": CACHES, **solved}}
     every = {"all": {"weights": (*BITS, *SPARSE), "cache": CACHES, "depth": True, **solved}}
-    for name, levels in {**single, **pair, **every}.items():
-        step, found = Spend(Budget(share=0.4), stages=STAGES, **levels), list[float]()  # type: ignore[arg-type]
+    budgets = {"0.4": Budget(share=0.4), "0.25": Budget(share=0.25, context=256)}
+    for (share, budget), (name, levels) in product(budgets.items(), {**single, **pair, **every}.items()):
+        step, found = Spend(budget, generations=GENERATIONS, stages=STAGES, **levels), list[float]()  # type: ignore[arg-type]
         for seed in range(seeds):
             program = source.fork()
-            step.apply(program, model.sample(seed))
+            outcome = step.apply(program, model.kept_sample(seed))
+            print(f"{share} by {name}: {outcome.notes['evaluations']}, {outcome.notes['spent']}", file=sys.stderr)
             found.append(compare(wanted, replay(program, model._windows, LENGTH // 4, LENGTH)).kl)
-        yield name, found
+        yield f"{share} by {name}", found
 
 
 def depth(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
@@ -249,10 +266,9 @@ def qat(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
     least to the first one is rounded to 4 bits behind that attention. Samples differ in the order of one text.
     """
     text = Samples(model._tokens[: 192 * 128].view(-1, 128), source=model.program)
-    for bits, updates, rate in ((4, 24, 1e-3), (3, 16, 3e-3)):
-        rounded = [Quantize(bits=bits, group=0), Rounded(group=0)]
-        course = {"steps": updates, "batch": 2, "checks": 1, "holdout": 0.02, "rate": rate}
-        lsq = Recover(learn=("norms", "scales", "codes"), **course)  # type: ignore[arg-type]
+    for plain, updates, rate in ((Quantize(bits=4, group=0), 24, 1e-3), (Quantize(bits=3, group=0), 16, 3e-3)):
+        bits, rounded = plain.bits, [plain, Rounded(group=0)]
+        lsq = Recover(learn=("norms", "scales", "codes"), steps=updates, batch=2, checks=1, holdout=0.02, rate=rate)
         ways = {"rounded": None, "lsq": lsq, "edgeqat": replace(lsq, attention=1.0, entropy=0.5)}
         for name, step in ways.items():
             learned = [[replace(step, seed=seed)] for seed in range(seeds)] if step else [[]]
@@ -316,27 +332,26 @@ PARTS: dict[str, Callable[[Model, int], Iterator[tuple[str, list[float]]]]] = {
 
 
 def main() -> int:
-    """Prints each row as it is there, and writes all."""
+    """Prints each row as it is there, and writes it beside those of other parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--seeds", type=int, default=4, help="samples of text")
+    parser.add_argument("--kept", type=Path, help="folder of levels and evaluations; a run that was killed goes on")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"there is no part '{min(unknown)}'; known: {', '.join(PARTS)}")
-    model, found = Model(), dict[str, Rows]()
+    kept = options.kept or Path(tempfile.mkdtemp(prefix="smelt-kept-"))
+    options.results.mkdir(parents=True, exist_ok=True)
+    place = options.results / f"weights-{datetime.date.today().isoformat()}.json"
+    model, found = Model(kept), json.loads(place.read_text()) if place.exists() else {}
     for part in options.parts or PARTS:
-        found[part] = {}
         for name, values in PARTS[part](model, options.seeds):
-            found[part][name] = values
+            found.setdefault(part, {})[name] = values
+            place.write_text(json.dumps(found, indent=1) + "\n")
             print(
                 f"{part}: {name:24} {statistics.mean(values):.4g}  {' '.join(f'{v:.4g}' for v in values)}", flush=True
             )
-    today = datetime.date.today().isoformat()
-    options.results.mkdir(parents=True, exist_ok=True)
-    place = options.results / f"weights-{today}.json"
-    before = json.loads(place.read_text()) if place.exists() else {}
-    place.write_text(json.dumps({**before, **found}, indent=1) + "\n")
     print(f"written to {place}", file=sys.stderr)
     return 0
 

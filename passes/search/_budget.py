@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -100,10 +101,11 @@ def resources(space: Space, budget: Budget) -> Iterator[Resource]:
 
 @dataclass(frozen=True)
 class Purse:
-    """A space under its limits."""
+    """A space under its limits. Moves step over `outdone` levels, given as (site, level)."""
 
     space: Space
     resources: tuple[Resource, ...]
+    outdone: frozenset[tuple[int, int]] = frozenset()
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether a candidate keeps to every limit and has some attention."""
@@ -122,11 +124,11 @@ class Purse:
 
     def even(self) -> Candidate:
         """All sites at about the same level, the highest that fits, then filled; blocks leave last, at random."""
-        steps = max(len(site.levels) for site in self.space.sites)
+        steps = max(map(len, self.levels))
         for step in reversed(range(steps)):
             tried = tuple(
-                1 if site.kind == "block" else step * (len(site.levels) - 1) // max(1, steps - 1)
-                for site in self.space.sites
+                1 if site.kind == "block" else levels[step * (len(levels) - 1) // max(1, steps - 1)]
+                for site, levels in zip(self.space.sites, self.levels, strict=True)
             )
             if self.fits(tried):
                 return self.filled(tried, Random(0))
@@ -139,28 +141,33 @@ class Purse:
 
     def filled(self, candidate: Candidate, random: Random) -> Candidate:
         """Sites raised by one level at a time, in random order, until none fits any more: nothing is left to spend."""
-        open_ = self._movable(candidate, up=True)
+        open_ = self.movable(candidate, 1)
         while open_:
             site = random.choice(open_)
-            if self.fits(raised := moved(candidate, site, 1)):
-                candidate, open_ = raised, self._movable(raised, up=True)
+            if self.fits(raised := self.moved(candidate, site, 1)):
+                candidate, open_ = raised, self.movable(raised, 1)
             else:
                 open_.remove(site)
         return candidate
 
     def spends(self, candidate: Candidate) -> bool:
         """Whether nothing more fits: what is left of the budget raises no site."""
-        return not any(self.fits(moved(candidate, site, 1)) for site in self._movable(candidate, up=True))
+        return not any(self.fits(self.moved(candidate, site, 1)) for site in self.movable(candidate, 1))
 
     def switched(self, parent: Candidate, random: Random) -> Candidate | None:
-        """Some sites raised by one level and others lowered until that is paid for; None if nothing else was found."""
+        """Some sites raised by one level and others lowered until that is paid for; None if nothing else was found.
+
+        They are of one kind or two: were blocks among all that may be lowered, hardly a mutation would spare them.
+        """
         for _ in range(TRIES):
+            kinds = {random.choice(self.space.sites).kind for _ in range(2)}
+            stay = {i for i, site in enumerate(self.space.sites) if site.kind not in kinds}
             child, up = parent, set[int]()
             for _ in range(min(random.randint(1, FLIPS), random.randint(1, FLIPS))):
-                if open_ := self._movable(child, up=True):
+                if open_ := [site for site in self.movable(child, 1) if site not in stay]:
                     up.add(site := random.choice(open_))
-                    child = moved(child, site, 1)
-            lowered = self._shrunk(child, random, up)
+                    child = self.moved(child, site, 1)
+            lowered = self._shrunk(child, random, up | stay)
             if lowered is None:
                 continue
             child = self.filled(lowered, random)
@@ -171,28 +178,34 @@ class Purse:
     def _shrunk(self, candidate: Candidate, random: Random, stay: Collection[int]) -> Candidate | None:
         """Sites lowered at random until the rest fits; None if those outside `stay` do not suffice."""
         while not self.fits(candidate):
-            open_ = [site for site in self._movable(candidate, up=False) if site not in stay]
-            open_ = [site for site in open_ if self.space.attends(moved(candidate, site, -1))]
+            open_ = [site for site in self.movable(candidate, -1) if site not in stay]
+            open_ = [site for site in open_ if self.space.attends(self.moved(candidate, site, -1))]
             if not open_:
                 return None
-            candidate = moved(candidate, random.choice(open_), -1)
+            candidate = self.moved(candidate, random.choice(open_), -1)
         return candidate
 
-    def _movable(self, candidate: Candidate, up: bool) -> list[int]:
-        levels = [len(site.levels) - 1 for site in self.space.sites]
-        there = [i for i in range(len(candidate)) if self.space.alive(candidate, i)]
-        return [i for i in there if (candidate[i] < levels[i] if up else candidate[i] > 0)]
+    def movable(self, candidate: Candidate, by: int) -> list[int]:
+        """Sites that are there and have a level in this direction."""
+        there = (i for i in range(len(candidate)) if self.space.alive(candidate, i))
+        return [i for i in there if candidate[i] != self.levels[i][-1 if by > 0 else 0]]
+
+    def moved(self, candidate: Candidate, site: int, by: int) -> Candidate:
+        """The candidate with one site at its next level, for `by` = 1 the one above and for -1 the one below."""
+        levels = self.levels[site]
+        return (*candidate[:site], levels[levels.index(candidate[site]) + by], *candidate[site + 1 :])
+
+    @cached_property
+    def levels(self) -> list[list[int]]:
+        """Of each site those that are stepped through, from small to large."""
+        sites = enumerate(self.space.sites)
+        return [[level for level in range(len(s.levels)) if (i, level) not in self.outdone] for i, s in sites]
 
     def _least(self) -> Candidate:
         """Everything at its lowest level but for the attention that takes least."""
-        nothing = tuple(0 for _ in self.space.sites)
+        nothing = tuple(levels[0] for levels in self.levels)
         if self.space.attends(nothing):
             return nothing
-        raised = [moved(nothing, i, 1) for i, site in enumerate(self.space.sites) if site.kind == "block"]
+        raised = [self.moved(nothing, i, 1) for i, site in enumerate(self.space.sites) if site.kind == "block"]
         attending = [candidate for candidate in raised if self.space.attends(candidate)]
         return min(attending, key=lambda candidate: self.resources[0].spent(self.space, candidate))
-
-
-def moved(candidate: Candidate, site: int, by: int) -> Candidate:
-    """The candidate with one site so many levels higher."""
-    return (*candidate[:site], candidate[site] + by, *candidate[site + 1 :])

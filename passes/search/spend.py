@@ -21,7 +21,7 @@ from ..base import Calibration, Effect, Exactness, Outcome, Pass, Samples, decod
 from ..cache.encode import Encode
 from ..prune.drop import droppable
 from ..weights._matrices import all_dense
-from ._additive import additive
+from ._additive import additive, alone, outdone
 from ._budget import Budget, Purse, Resource, resources
 from ._clock import milliseconds
 from ._evolve import Course, Stage, evolve
@@ -48,7 +48,7 @@ class Spend(Pass):
     cache: how a layer's cache may be stored, such as [{}, {keys: …, values: …}]; {} leaves it as it is.
     solver: integer codes are rounded to the nearest, in clipped ranges, or by GPTQ on the sample text.
     vocabulary: whether the head and lookup tables have a choice as well; else they stay as they are.
-    by: evolution; additive, which sums what each site costs alone; or exhaustive, for tiny spaces.
+    by: additive, which sums what each site costs alone; evolution, which begins there; or exhaustive, for tiny spaces.
     generations, offspring: how long evolution goes on, and candidates of each generation.
     stages: texts that candidates are compared on, and how many survive; the last one selects the next parent.
     seed: of all that is drawn.
@@ -59,7 +59,8 @@ class Spend(Pass):
     Deviations: a mutation pays for raised levels by lowering others wherever the budget says so, and then spends what
     is left, where the paper trades within groups of equal size; so budgets of bytes over unlike sites are met as well.
     Attention may be traded for feed-forward parts. The texts of a stage are drawn anew in each generation unless the
-    last stage takes all of them.
+    last stage takes all of them. Where the paper begins with even levels or random ones, the best sum of what sites
+    lose alone stands beside them, and a level is left out that takes and loses more than another one of its site.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
@@ -118,11 +119,11 @@ class Spend(Pass):
         """Make the levels, search, and put the best candidate in the program's place."""
         if samples is None:
             raise SmeltError("search.spend compares candidates on sample texts: pass calibration texts to compile")
-        finished = Finished.of(program, self._decisive, samples)
+        finished = Finished.of(program, self._solving, samples)
         space, skipped = self._space(program, samples, finished)
         purse = Purse(space, tuple(self._limits(space, samples)))
         purse.check()
-        journal = Journal(_log(program, finished), finished.asked)
+        journal = Journal(self._log(program, finished), finished.asked)
         with workers(Judge(space, samples.tokens), self.processes) as crew:
             scores = Scores(space, journal, crew)
             best, curve = self._search(purse, scores, samples)
@@ -142,10 +143,17 @@ class Spend(Pass):
         )
 
     @property
-    def _decisive(self) -> Spend:
-        """Options that decide what a level is and what an evaluation finds; how long a search goes on does not."""
-        return replace(self, budget=Budget(bytes=1), by="evolution", generations=1, offspring=1,
-                       stages=(Stage(1, 1),), seed=0, processes=1)  # fmt: skip
+    def _solving(self) -> Spend:
+        """Options that decide what a level is, whatever else there is to choose among."""
+        return Spend(Budget(bytes=1), depth=True, solver=self.solver)
+
+    def _log(self, program: Program, finished: Finished) -> Path | None:
+        """The file of evaluations: what there is to choose among decides them, and what the cache stores."""
+        if finished.folder is None:
+            return None
+        plan = json.dumps(program.cache.to_dict(), default=str) if program.cache is not None else ""
+        options = (self.weights, self.depth, self.cache, self.vocabulary, plan)
+        return finished.folder / f"evaluations-{sha256(repr(options).encode()).hexdigest()[:16]}.jsonl"
 
     def _space(self, program: Program, samples: Samples, finished: Finished) -> tuple[Space, dict[str, str]]:
         """The sites with their levels made, and why weights have no choice."""
@@ -180,15 +188,21 @@ class Spend(Pass):
         """The best candidate, and the KL of those before it."""
         count = len(samples.tokens)
         rows = range(min(self.stages[-1].texts, count))
-        if self.by != "evolution":
-            scores.tell = lambda done, total: samples.progress(done, total, "evaluating candidates")
-            return (additive if self.by == "additive" else exhaustive)(purse, scores, rows)
+        first = rows if self.by == "additive" else range(min(self.stages[0].texts, count))
+        scores.tell = lambda done, total: samples.progress(done, total, "evaluating candidates")
+        if self.by == "exhaustive":
+            return exhaustive(purse, scores, rows)
+        lost = alone(purse.space, scores, first)
+        purse = replace(purse, outdone=outdone(purse, lost))
+        if self.by == "additive":
+            return (chosen := additive(purse, lost)), scores([chosen], rows)
+        scores.tell = lambda done, total: None
         course = Course(self.generations, self.offspring, self.stages, self.seed, count)
 
         def tell(generation: int, kl: float) -> None:
             samples.progress(generation - 1, self.generations, f"generation {generation}, KL {kl:.4g}")
 
-        return evolve(purse, scores, course, tell)
+        return evolve(purse, lost, scores, course, tell)
 
 
 def _bits(level: tuple[CacheSite, str]) -> int:
@@ -200,11 +214,3 @@ def _linked(program: Program) -> int | None:
     assert program.cache is not None
     sites = (s for s in program.cache.sites if s.predict is not None or (s.retrieve and s.retrieve.by == "reuse"))
     return next((site.layer for site in sites), None)
-
-
-def _log(program: Program, finished: Finished) -> Path | None:
-    """The file of evaluations; what the cache stores decides them as well."""
-    if finished.folder is None:
-        return None
-    plan = json.dumps(program.cache.to_dict(), default=str) if program.cache is not None else ""
-    return finished.folder / f"evaluations-{sha256(plan.encode()).hexdigest()[:16]}.jsonl"

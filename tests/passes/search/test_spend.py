@@ -6,7 +6,9 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -22,10 +24,11 @@ from smelt.passes.base import Checkpoints
 from smelt.passes.measure import replay
 from smelt.passes.prune.drop import Drop
 from smelt.passes.search import _judge, _workers
-from smelt.passes.search._budget import Budget
+from smelt.passes.search._additive import additive, outdone
+from smelt.passes.search._budget import Budget, Purse, Resource
 from smelt.passes.search._evolve import Stage
 from smelt.passes.search._judge import Judge
-from smelt.passes.search._space import Space, Stored, block_sites
+from smelt.passes.search._space import Site, Space, Stored, block_sites
 from smelt.passes.search.spend import Spend
 
 BITS = tuple(Affine(bits, 32) for bits in (2, 3, 4, 8))
@@ -62,10 +65,11 @@ def test_evolution_finds_what_listing_all_finds(llama, samples):
 
 def test_sparse_levels_are_solved_like_the_others(llama, samples):
     sparse = (NM(2, 4, Affine(4, 32)), NM(2, 4))
-    options = {"weights": (*sparse, Affine(8, 32)), "generations": 1, "offspring": 1}
+    options = {"weights": sparse[:1], "generations": 1, "offspring": 1}
     nearest, solved = (
         spend(llama.fork(), samples, Budget(bits=3.8), solver=how, **options).notes for how in ("nearest", "gptq")
     )
+    options["weights"] = (*sparse, Affine(8, 32))
     assert nearest["spent"] == solved["spent"] and solved["kl"] < 0.9 * nearest["kl"]
     spend(llama, samples, Budget(bits=10.0), solver="gptq", **options)
     kept = [w for name, w in llama.weights.items() if "_proj" in name and w.encoding == sparse[1]]
@@ -86,6 +90,39 @@ def test_the_same_bits_spent_unevenly_lose_less(llama, samples):
     coded = [weight.encoding for name, weight in llama.weights.items() if "_proj" in name]
     assert len(coded) == 14 and len(set(coded)) > 1 and set(coded) <= set(BITS)
     assert isinstance(llama.weights["lm_head.weight"].encoding, Dense)
+
+
+def test_levels_that_another_outdoes_are_stepped_over(llama):
+    sites = tuple(Site("weight", name, name, ("small", "middle", "large")) for name in "ab")
+    purse = Purse(Space(llama, sites, {}, {}, {}), (Resource("bytes", 6, 0, [[1, 2, 4], [1, 2, 4]]),))
+    lost = [[3.0, 3.5, 0.0], [3.0, 1.0, 0.0]]
+    assert outdone(purse, lost) == {(0, 1)}
+    purse = replace(purse, outdone=outdone(purse, lost))
+    assert additive(purse, lost) == (2, 1)
+    assert purse.moved((0, 0), 0, 1) == (2, 0) and purse.moved((0, 0), 1, 1) == (0, 1)
+    assert purse.moved((2, 1), 0, -1) == (0, 1)
+    found = {purse.chance(Random(seed)) for seed in range(20)}
+    assert found == {(2, 1), (0, 2)}
+    doubled = replace(purse, resources=(*purse.resources, Resource("ms", 9, 0, [[2, 1, 3], [2, 1, 3]])))
+    assert outdone(doubled, lost) == frozenset()  # the middle level takes less of the other limit
+
+
+def test_evolution_begins_with_the_best_sum(llama, samples):
+    options = {"weights": BITS, "generations": 1, "offspring": 1, "stages": ALL}
+    summed, evolved = (
+        spend(llama.fork(), samples, Budget(bits=3.5), by=by, **options).notes for by in ("additive", "evolution")
+    )
+    assert evolved["curve"][0] <= summed["kl"] and len(set(summed["levels"].values())) > 1
+
+
+def test_levels_are_made_once_for_all_searches_on_a_text(llama, samples, tmp_path):
+    kept = replace(samples, checkpoints=Checkpoints(tmp_path))
+    spend(llama.fork(), kept, Budget(bits=3.5), weights=BITS[:3], generations=1)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    spend(llama, kept, Budget(share=0.5), weights=BITS, depth=True, generations=1)
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(again) > len(made) > 0 and made.items() <= again.items() and len({path.parent for path in again}) == 1
+    assert len(list(tmp_path.rglob("evaluations-*.jsonl"))) == 2
 
 
 def test_a_budget_of_bytes_over_unlike_sites(cached, samples):
