@@ -261,13 +261,13 @@ def test_a_causal_mask_in_place_of_the_tree_is_caught(case: Case, monkeypatch: p
 def test_a_child_taken_without_a_look_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     case, right = prepared(DENSE), Decoding._walk
 
-    def careless(self: Decoding, tree: trees.Trees, positions: torch.Tensor, logits: torch.Tensor, chosen: Any) -> Any:
-        paths, fresh = right(self, tree, positions, logits, chosen)
+    def careless(self: Decoding, tree: trees.Trees, positions: torch.Tensor, outputs: Any, chosen: Any) -> Any:
+        paths, fresh = right(self, tree, positions, outputs, chosen)
         for number, path in enumerate(paths):
             below = tree.below(number, 0).nodes
             if len(path) == 1 and below and len(self.rows[number].tokens) + 2 <= NEW:
                 path.append(below[0])
-                fresh[number].append(int(logits[number, path[-1]].argmax()))
+                fresh[number].append(int(outputs["logits"][number, path[-1]].argmax()))
         return paths, fresh
 
     monkeypatch.setattr(Decoding, "_walk", careless)
