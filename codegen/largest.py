@@ -6,6 +6,8 @@ import ctypes
 import functools
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .build import build
@@ -67,7 +69,7 @@ class Largest:
         self._room = -1, -1
         self._hold(0, 0)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> npt.NDArray[np.int64]:
         """Ids int64 [n, count] of the largest of x [n, V], float32 with contiguous rows; they hold until the next call.
 
         The largest stand first, and of equal ones the first; NaN counts as -inf. ValueError for other x. Eight rows of
@@ -86,6 +88,6 @@ class Largest:
 
     def _hold(self, rows: int, columns: int) -> None:
         """Make the buffers, once for all steps."""
-        self._room, self._ids = (rows, columns), torch.zeros(rows, self.count, dtype=torch.int64)
-        self._work = torch.zeros(rows * self.count), torch.zeros(columns // BLOCK)
-        self._addresses = tuple(buffer.data_ptr() for buffer in (self._ids, *self._work))
+        self._room, self._ids = (rows, columns), np.zeros((rows, self.count), np.int64)
+        self._work = np.zeros(rows * self.count, np.float32), np.zeros(columns // BLOCK, np.float32)
+        self._addresses = tuple(buffer.ctypes.data for buffer in (self._ids, *self._work))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ...ir.decode import Recycle
 from .base import Drafted, Drafter, Verified
 from .largest import largest
 
-Find: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Find: TypeAlias = Callable[[torch.Tensor], npt.NDArray[np.int64]]
 
 
 class RecycleDrafter(Drafter):
@@ -27,7 +27,7 @@ class RecycleDrafter(Drafter):
     def __init__(self, draft: Recycle, vocabulary: int, rows: int, find: Find | None = None) -> None:
         """`find`: the ids [n, width] of the largest logits [n, V], where a kernel finds them."""
         self.width = draft.width
-        self._find = find or partial(largest, count=draft.width)
+        self._find: Find = find or (lambda logits: largest(logits, draft.width).numpy())
         self.matrix = np.zeros((vocabulary, draft.width), np.int64)
         self._tree = draft.tree
         self._steps = list(zip(draft.tree.parents, draft.tree.ranks, strict=True))[1:]
@@ -37,7 +37,7 @@ class RecycleDrafter(Drafter):
         self._pending[row] = tokens[-1]
 
     def harvest(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        self.matrix[tokens.numpy()] = self._find(logits).numpy()  # of equal indices the last one counts
+        self.matrix[tokens.numpy()] = self._find(logits)  # of equal indices the last one counts
 
     def observe(self, row: int, verified: Verified) -> None:
         if verified.fresh:
