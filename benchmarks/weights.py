@@ -139,7 +139,7 @@ def sparsity(model: Model, seeds: int) -> Iterator[tuple[str, list[float]]]:
     scored = Sparsify(score="magnitude"), Sparsify(score="wanda"), Sparsify(score="sparsegpt")
     for pattern in ("unstructured", "2:4"):
         for step in (replace(each, pattern=pattern) for each in scored):
-            runs = seeds if step.calibration == "text" else 1
+            runs = 1 if step.calibration == "none" else seeds
             yield f"{pattern} {step.score}", [model.kl([step], model.sample(seed)) for seed in range(runs)]
 
 
