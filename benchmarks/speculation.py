@@ -7,7 +7,8 @@ Every prompt is continued greedily and with three seeds at temperature 1, with a
 equality, alone and over 4-bit weights and KIVI's cache; then some of them one at a time and in turns, so that whatever
 slows the machine slows all: drafting at every step, pausing while that does not pay, and without drafts. `host` is the
 share of a speculative step in which no model runs: drafting, accepting, committing. Peers: transformers' prompt lookup
-on the same model. Steps are also timed at the shape of 430 M parameters.
+on the same model. Steps are also timed at the shape of 430 M parameters. `--wide` takes the bundled model at that shape
+(`widened.py`): the same answers, from weights that no cache holds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from decode import checkpoint
 from rich.console import Console
 from rich.table import Table
+from widened import widened
 
 import smelt
 from smelt.codegen.build import threads
@@ -221,8 +223,11 @@ def transformers_lookup(model: str, prompts: Sequence[Sequence[int]], new: int, 
 def main() -> int:
     """Exit code 1 if some recipe that promises equality does not keep it."""
     options = _options()
-    model, texts = str(options.model), training_texts(COUNTED)
-    place = options.results / f"speculation-{datetime.date.today().isoformat()}.json"
+    if options.wide:
+        widened(options.model, options.wide)
+    model, texts = str(options.wide or options.model), training_texts(COUNTED)
+    kind = "speculation-wide" if options.wide else "speculation"
+    place = options.results / f"{kind}-{datetime.date.today().isoformat()}.json"
     before = json.loads(place.read_text()) if options.add and place.is_file() else {}
     rows: dict[str, dict[str, Any]] = before.get("rows", {})
     ids = Tokenizer(options.model).encode(held_out_text())
@@ -312,7 +317,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=smelt.reference_model(), help="folder of a transformers model")
     parser.add_argument("--recipes", nargs="+", metavar="NAME")
-    default = Path(tempfile.gettempdir()) / "smelt-llama-430m"
+    wide, default = (Path(tempfile.gettempdir()) / name for name in ("smelt-wide", "smelt-llama-430m"))
+    parser.add_argument("--wide", type=Path, nargs="?", const=wide, help="at the 430 M shape, kept there between runs")
     parser.add_argument("--checkpoint", type=Path, default=default, help="of the 430 M shape, kept between runs")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--timed", type=int, default=20, help="prompts of the timed part")

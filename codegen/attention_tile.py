@@ -102,6 +102,7 @@ template <int64_t SPANS, class Keys, class V>
 __attribute__((noinline)) void tile(
     const float* q, const float* shift, const float* bias, const Keys& keys, const V& v, const float* a, const float* z,
     int count, uint32_t live, float softcap, float* acc, float* most, float* total) {
+  constexpr bool PAIRS = R % HEADS > 1;
   constexpr int64_t MANY = SPANS ? SPANS : 1, SUMS = (R * (SPANS + 1) + 15) / 16 * 16;
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int halves = (count + 15) / 16;
@@ -110,6 +111,7 @@ __attribute__((noinline)) void tile(
   i32x16 mask[2];
   int64_t r = 0;
   for (; r + HEADS <= R; r += HEADS) keys.template dot<HEADS>(q + r * DP, halves, s + r);
+  for (; PAIRS && r + 2 <= R; r += 2) keys.template dot<2>(q + r * DP, halves, s + r);
   for (; r < R; r++) keys.template dot<1>(q + r * DP, halves, s + r);
   for (int h = 0; h < halves; h++) mask[h] = -((((int32_t)(live >> (16 * h)) - i32x16{}) >> lane) & 1);
   for (r = 0; r < R; r++) {
@@ -147,6 +149,8 @@ __attribute__((noinline)) void tile(
   for (r = 0; r < R; r++) total[r] += summed[r];
   for (r = 0; r + HEADS <= R; r += HEADS)
     mix<SPANS, HEADS, 0>(weight + r * MANY * 32, summed + R + r * SPANS, v, count, acc + r * EP);
+  for (; PAIRS && r + 2 <= R; r += 2)
+    mix<SPANS, 2, 0>(weight + r * MANY * 32, summed + R + r * SPANS, v, count, acc + r * EP);
   for (; r < R; r++) mix<SPANS, 1, 0>(weight + r * MANY * 32, summed + R + r * SPANS, v, count, acc + r * EP);
 }
 

@@ -132,7 +132,8 @@ class ProductKernel:
         row_bytes = sum(part.numel() * part.element_size() for part in self._packed[first]) // -(
             -self._rows(first) // 16
         )
-        tiles = max(1, UNIT // max(1, row_bytes * len(self.region.chains[0].products)))
+        most = UNIT // max(1, row_bytes * len(self.region.chains[0].products))
+        tiles = max(1, most // product.BESIDE) * product.BESIDE
         words: list[Any] = []
         units, nbytes = 0, 0
         for chain, (_, operands) in zip(self.region.chains, self._chains, strict=True):

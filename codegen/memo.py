@@ -33,8 +33,8 @@ def remembered(question: str, encoding: Encoding, answer: Callable[[], str]) -> 
 
 
 _ANSWERING = (
-    "choose", "expand", "hoist", "interleave", "loops", "planes", "product", "ranges", "walk",
-    "printers/cpp", "printers/index",
+    "choose", "expand", "hoist", "interleave", "loops", "planes", "product", "product_template", "ranges",
+    "walk", "printers/cpp", "printers/index",
 )  # fmt: skip
 
 

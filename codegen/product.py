@@ -27,12 +27,13 @@ from .interleave import lane
 from .loops import LANES, Inner, K, column, floats, integers
 from .memo import remembered
 from .printers import cpp
+from .product_template import CHOSEN, TEMPLATE, WRITTEN
 from .ranges import Ranges, across, fold
 from .rows_source import MATH
 from .unit import Function
 
-BLOCK = 8  # rows of 8-bit activations that stand side by side, four columns each, where there is more than one
-AHEAD = 3072  # bytes
+BLOCK = 8  # rows of x at once; rows of 8-bit activations stand side by side by so many, four columns each
+BESIDE = 4  # tiles that are read at once, at most
 SIZES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
 
 
@@ -102,6 +103,7 @@ def source(spec: Spec) -> str:
             declared.append(f"const {cpp.CTYPES[dtype]}* p_{part}{m} = (const {cpp.CTYPES[dtype]}*)w[{at}];")
             if m == 0:  # the second matrix has rows of the same length
                 declared.append(f"const int64_t {interleave.length(part)} = w[{at + 1}];")
+                declared.append(f"const Ahead<S, {cpp.CTYPES[dtype]}> ahead_{part}(w[{at + 1}], again);")
             at += 2
         names.append(named)
     operands = []
@@ -110,24 +112,21 @@ def source(spec: Spec) -> str:
         operands.append(f"const f32x16 o{i} = read((const float*)w[{at}]{row} + 16 * tile, left);")
         at += 2
     body = (_integers if spec.width is not None else _floats)(spec, inner, names)
-    lines = [*(f"const f32x16 v{m} = acc{m}[b];" for m in range(spec.matrices)), *operands, *spec.lines]
-    return _TEMPLATE.format(
+    lines = [*(f"const f32x16 v{m} = sums[{m} * apart + b];" for m in range(spec.matrices)), *operands, *spec.lines]
+    own = inner.walked or inner.places  # much of what a tile needs is in registers, and no other's
+    return TEMPLATE.format(
         title=f"{spec.encoding.form}{'' if spec.width is None else f', int8 activations in groups of {spec.width}'}",
         declared="\n  ".join(declared),
         words=at,
-        many=BLOCK if spec.width is not None else 4,  # rows of x that share a decoded vector: 32 registers
-        wide=BLOCK,
+        many=BLOCK,
+        matrices=spec.matrices,
+        widest=1 if own or inner.columns else 2,  # sums of groups need as many registers again
+        beside=1 if own else 2,
+        single=1 if inner.walked else BESIDE,
         body=body,
         epilogue="\n    ".join(lines),
-        result=_CHOSEN.format(value=spec.value) if spec.head else _WRITTEN.format(value=spec.value),
+        result=CHOSEN.format(value=spec.value) if spec.head else WRITTEN.format(value=spec.value),
     )
-
-
-_WRITTEN = "write((float*)w[2] + (m + b) * w[3] + 16 * tile, {value}, left);"
-_CHOSEN = """\
-const f32x16 logits = {value};
-    if (w[2]) write((float*)w[2] + (m + b) * w[3] + 16 * tile, logits, left);
-    if (c[8] && ((const Choice*)c[8])->on) consider((const Choice*)c[8], rank, m + b, 16 * tile, logits, left);"""
 
 
 def _integers(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
@@ -141,30 +140,36 @@ def _integers(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
     ]
     for m in range(spec.matrices):  # one after the other: their sums would not fit the registers together
         out += [
-            f"  f32x16 acc{m}[B] = {{}};",
+            f"  f32x16 acc{m}[S][B] = {{}};",
             "  for (int64_t group = 0; group < groups; group++) {",
-            "    i32x16 sum[B];",
-            f"    for (int b = 0; b < B; b++) sum[b] = {-inner.offset} * sums[group * W + b] - i32x16{{}};",
+            "    i32x16 sum[S][B];",
+            f"    EACH(b, B) EACH(s, S) sum[s][b] = {-inner.offset} * sums[group * W + b] - i32x16{{}};",
             f"    for (int64_t step = 0; step < {width // inner.length}; step++) {{",
             f"      const int8_t* xs = x + (group * {width} + step * {inner.length}) * W;",
-            f"      if (!m) {{ {' '.join(_ahead(inner, names[m]))} }}",
+            *_ahead(inner, names[m]),
         ]
         for i in range(0, inner.length, 4):
             code = cpp.byte_lanes(inner.at(inner.factors[0], i), lane, ranges, names[m])
-            out.append(f"      {{ const u8x64 code = {code};")
-            out.append(
-                f"        for (int b = 0; b < B; b++) sum[b] = dot4(sum[b], code, four(xs + {i} * W + 4 * b)); }}"
-            )
-        out.append("    }")
-        out.append(f"    const f32x16 scale = {cpp.vector(inner.coefficients[0], lane, LANES, names[m])};")
+            out += [
+                f"      {{ u8x64 code[S]; TILES code[s] = {code};",
+                f"        EACH(b, B) {{ const int32_t four = quad(xs + {i} * W + 4 * b);",
+                "          EACH(s, S) sum[s][b] = dot4(sum[s][b], code[s], four); } }",
+            ]
+        out += [
+            "    }",
+            "    TILES {",
+            f"      const f32x16 scale = {cpp.vector(inner.coefficients[0], lane, LANES, names[m])};",
+        ]
         if inner.constant is not None:
-            out.append(f"    const f32x16 shift = {cpp.vector(inner.constant, lane, LANES, names[m])};")
-        out.append("    for (int b = 0; b < B; b++) {")
-        out.append("      const float s = scales[group * W + b];")
-        out.append(f"      acc{m}[b] = fma(__builtin_convertvector(sum[b], f32x16), scale * s, acc{m}[b]);")
+            out.append(f"      const f32x16 shift = {cpp.vector(inner.constant, lane, LANES, names[m])};")
+        out += [
+            "      EACH(b, B) {",
+            "        const float by = scales[group * W + b];",
+            f"        acc{m}[s][b] = fma(__builtin_convertvector(sum[s][b], f32x16), scale * by, acc{m}[s][b]);",
+        ]
         if inner.constant is not None:
-            out.append(f"      acc{m}[b] = fma(shift, splat(s * (float)sums[group * W + b]), acc{m}[b]);")
-        out += ["    }", "  }"]
+            out.append(f"        acc{m}[s][b] = fma(shift, splat(by * (float)sums[group * W + b]), acc{m}[s][b]);")
+        out += ["      }", "    }", "  }", f"  EACH(s, S) EACH(b, B) done[{m}][s][b] = acc{m}[s][b];"]
     return "\n".join(out)
 
 
@@ -174,64 +179,66 @@ def _floats(spec: Spec, inner: Inner, names: Sequence[dict[str, str]]) -> str:
     at = f"group * columns + step * {length}"
     at = f"({at}) / {inner.kept} * {inner.of}" if inner.places else at
     columns = str(inner.columns) if inner.columns else f"({held} / {length} * {length})"
-    partial = min(4, length)  # sums that do not wait for one another
     out = [
-        "  const float* x = (const float*)c[3] + m * K;",
         f"  const int64_t columns = {columns}, groups = {f'{held} / {inner.columns}' if inner.columns else '1'};",
+        "  const float* x[B];  // where rows end, the last one again",
+        "  EACH(b, B) x[b] = (const float*)c[3] + (m + b < c[1] ? m + b : c[1] - 1) * K;",
     ]
     for m in range(spec.matrices):
         out += [
-            f"  f32x16 acc{m}[B] = {{}};",
+            f"  f32x16 acc{m}[S][B] = {{}};",
             "  for (int64_t group = 0; group < groups; group++) {",
             *(
-                [f"    {walk.struct(spec.encoding)} walk({', '.join(names[m].values())}, tile, K);"]
+                [f"    {walk.struct(spec.encoding)} walk({', '.join(names[m].values())}, tiles[0], K);"]
                 if inner.walked
                 else []
             ),
-            *(f"    f32x16 sum{t}[B][{partial}] = {{}};" for t in terms),
+            *(f"    f32x16 sum{t}[S][B] = {{}};" for t in terms),
             f"    for (int64_t step = 0; step < columns / {length}; step++) {{",
-            "      const float* xs[B];  // of `xs + b * K + i` GCC would keep an address for each b and i, in memory",
-            f"      for (int b = 0; b < B; b++) xs[b] = x + b * K + {at};",
-            "      f32x16 read[4]; walk.next(read);"
-            if inner.walked
-            else f"      if (!m) {{ {' '.join(_ahead(inner, names[m]))} }}",
+            "      const float* xs[B];  // of `x[b] + i` GCC would keep an address for each b and i, in memory",
+            f"      EACH(b, B) xs[b] = x[b] + {at};",
+            *(["      f32x16 read[4]; walk.next(read);"] if inner.walked else _ahead(inner, names[m])),
         ]
         for i in range(length):
             for t in terms:
                 value = f"read[{i}]" if inner.walked else _decoded(inner.at(inner.factors[t], i), ranges, names[m])
-                out.append(f"      {{ const f32x16 v = {value};")
-                out.append(
-                    f"        for (int b = 0; b < B; b++) sum{t}[b][{i % partial}] = "
-                    f"fma(v, {_activation(inner, i, names[m])}, sum{t}[b][{i % partial}]); }}"
-                )
+                if inner.places:
+                    picked = _picked(inner, i, names[m])
+                    out.append(f"      TILES {{ const f32x16 v = {value};")
+                    out.append(f"        EACH(b, B) sum{t}[s][b] = fma(v, {picked}, sum{t}[s][b]); }}")
+                    continue
+                out += [
+                    f"      {{ f32x16 v[S]; TILES v[s] = {value};",
+                    f"        EACH(b, B) {{ const f32x16 a = splat(xs[b][{i}]);",
+                    f"          EACH(s, S) sum{t}[s][b] = fma(v[s], a, sum{t}[s][b]); }} }}",
+                ]
         out.append("    }")
+        out.append("    TILES {")
         for t in terms:
-            total = " + ".join(f"sum{t}[b][{p}]" for p in range(partial))
-            out.append(f"    const f32x16 scale{t} = {cpp.vector(inner.coefficients[t], lane, LANES, names[m])};")
-            out.append(f"    for (int b = 0; b < B; b++) acc{m}[b] = fma(scale{t}, ({total}), acc{m}[b]);")
+            out.append(f"      const f32x16 scale{t} = {cpp.vector(inner.coefficients[t], lane, LANES, names[m])};")
+            out.append(f"      EACH(b, B) acc{m}[s][b] = fma(scale{t}, sum{t}[s][b], acc{m}[s][b]);")
         if inner.constant is not None:
-            out.append(f"    const f32x16 shift = {cpp.vector(inner.constant, lane, LANES, names[m])};")
+            out.append(f"      const f32x16 shift = {cpp.vector(inner.constant, lane, LANES, names[m])};")
             out.append(
-                f"    for (int b = 0; b < B; b++) acc{m}[b] = "
-                f"fma(shift, splat(total(x + b * K + group * columns, columns)), acc{m}[b]);"
+                f"      EACH(b, B) acc{m}[s][b] = "
+                f"fma(shift, splat(total(x[b] + group * columns, columns)), acc{m}[s][b]);"
             )
-        out.append("  }")
+        out += ["    }", "  }"]
         if inner.columns is None and length > 1 and not inner.walked and not inner.places:
             whole = interleave.rewritten(planes.beside(spec.encoding.expr((None, K))))
             whole = folded(substitute(whole, {k: column}), LANES)
             out += [
-                "  for (int64_t column = columns; column < K; column++) {  // a row's end that fills no piece",
+                "  for (int64_t column = columns; column < K; column++) TILES {  // a row's end that fills no piece",
                 f"    const f32x16 v = {cpp.vector(whole, lane, LANES, names[m])};",
-                f"    for (int b = 0; b < B; b++) acc{m}[b] = fma(v, splat(x[b * K + column]), acc{m}[b]);",
+                f"    EACH(b, B) acc{m}[s][b] = fma(v, splat(x[b][column]), acc{m}[s][b]);",
                 "  }",
             ]
+        out.append(f"  EACH(s, S) EACH(b, B) done[{m}][s][b] = acc{m}[s][b];")
     return "\n".join(out)
 
 
-def _activation(inner: Inner, i: int, names: dict[str, str]) -> str:
-    """What the column `i` of a piece is multiplied with: an activation for all rows, or one that each row picks."""
-    if not inner.places:
-        return f"splat(xs[b][{i}])"
+def _picked(inner: Inner, i: int, names: dict[str, str]) -> str:
+    """The activations that the column `i` of a piece is multiplied with, one that each row of a tile picks."""
     place = inner.at(inner.places[0], i)
     match place:
         case Bin("and", a, Const()):  # what lies above a place is not looked at
@@ -247,7 +254,7 @@ def _ahead(inner: Inner, names: dict[str, str]) -> list[str]:
     With eight rows of x between two lines of W the processor's own prefetch comes too late: 8 tokens of the 430 M shape
     by w4a8 take 12.2 ms, without these 21.0 (`smelt inspect OUT --kernels --tokens 8`, two Zen 5 cores, 2026-11-21).
     """
-    lines: dict[str, None] = {}
+    lines: dict[tuple[str, sympy.Expr], dict[int, None]] = {}
     for i in range(inner.length):
         for factor in (*inner.factors, *inner.places):
             for load in loads(inner.at(factor, i)):
@@ -259,8 +266,13 @@ def _ahead(inner: Inner, names: dict[str, str]) -> list[str]:
                     at = sympy.expand(at - fold(sympy.Mod(at, 4), inner.ranges))
                 elif i * SIZES[load.dtype] % 4:  # sixteen narrower elements are less than a line
                     continue
-                lines[f"__builtin_prefetch((const char*)({names[load.part]} + {cpp.index(at)}) + {AHEAD});"] = None
-    return list(lines)
+                more, start = at.as_coeff_Add()
+                lines.setdefault((load.part, start), {})[int(more) * SIZES[load.dtype]] = None
+    out = ["      if (!m || again) TILES {"]
+    for (part, start), places in lines.items():
+        out.append(f"        {{ const char* line = ahead_{part}({names[part]}, {cpp.index(start)}, tile);")
+        out.append(" ".join(["         ", *(f"__builtin_prefetch(line + {place});" for place in places), "}"]))
+    return [*out, "      }"]
 
 
 def _decoded(factor: Expr, ranges: Ranges, names: dict[str, str]) -> str:
@@ -289,59 +301,3 @@ def _small(factor: Expr, ranges: Ranges, names: dict[str, str]) -> tuple[str, li
         case Cast("float32", a) if a.dtype == "int32":
             return _small(a, ranges, names)
     return None
-
-
-_TEMPLATE = """\
-// y = x W^T, W stored as {title}
-namespace $name_of {{
-static inline int32_t four(const int8_t* x) {{
-  int32_t word;
-  memcpy(&word, x, sizeof word);
-  return word;
-}}
-static inline float total(const float* x, int64_t count) {{
-  f32x16 acc = {{}};
-  for (int64_t i = 0; i < count; i += 16) acc += read(x + i, count - i);
-  return sum(acc);
-}}
-#undef DECODE
-#ifdef __AVX512F__
-#define DECODE(word, value, ...) (f32x16)_mm512_permutexvar_ps((__m512i)(word), (__m512)f32x16{{__VA_ARGS__}})
-#else
-#define DECODE(word, value, ...) value
-#endif
-#ifdef __AVX512F__
-constexpr int MANY = {many}, WIDE = {wide};
-#else
-constexpr int MANY = {many} / 2, WIDE = {wide};
-#endif
-
-// rows m to m + B - 1 of x times the sixteen rows of a tile
-template <int B, int W> static void block(const int64_t* c, const int64_t* w, int64_t rank, int64_t tile, int64_t m) {{
-  const int64_t K = c[2], left = w[1] - 16 * tile;
-  {declared}
-{body}
-  for (int b = 0; b < B; b++) {{
-    {epilogue}
-    {result}
-  }}
-}}
-template <int B>
-static inline int64_t blocks(const int64_t* c, const int64_t* w, int64_t rank, int64_t tile, int64_t m) {{
-  for (; m + B <= c[1]; m += B) block<B, WIDE>(c, w, rank, tile, m);
-  if constexpr (B > 1) m = blocks<B / 2>(c, w, rank, tile, m);
-  return m;
-}}
-}}  // namespace $name_of
-
-static void $name(Rank& rank, const int64_t* c) {{
-  share(rank, c[7], [&](int64_t unit) {{
-    const int64_t* w = c + 9;
-    for (; unit >= w[0]; w += {words}) unit -= w[0];
-    const int64_t first = unit * c[6], tiles = (w[1] + 15) / 16, end = first + c[6] < tiles ? first + c[6] : tiles;
-    for (int64_t tile = first; tile < end; tile++)
-      if (c[1] == 1) $name_of::block<1, 1>(c, w, rank.number, tile, 0);
-      else $name_of::blocks<$name_of::MANY>(c, w, rank.number, tile, 0);
-  }});
-}}
-"""

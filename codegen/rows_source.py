@@ -49,6 +49,30 @@ static inline f32x16 tanh(f32x16 x) {  // a series where e^2x - 1 would cancel
   const f32x16 s = polynomial(q, 62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3);
   return choose(q < 0.09f, fma(x * q, s, x), (e - 1.0f) / (e + 1.0f));
 }
+// sin x and cos x to 1e-7 for |x| <= 1e6: what is left of x less its multiple of pi / 2 is found in doubles
+static inline void sine_cosine(f32x16 x, f32x16& sine, f32x16& cosine) {
+  typedef double f64x8 __attribute__((vector_size(64)));
+  typedef float f32x8 __attribute__((vector_size(32)));
+  typedef int32_t i32x8 __attribute__((vector_size(32)));
+  f32x8 left[2];
+  i32x8 quarters[2];
+  memcpy(left, &x, sizeof left);
+  for (int h = 0; h < 2; h++) {
+    const f64x8 whole = __builtin_convertvector(left[h], f64x8);
+    const f64x8 n = whole * 0.63661977236758134 + 6755399441055744.0 - 6755399441055744.0;  // 1.5 * 2^52: rounds
+    left[h] = __builtin_convertvector(whole - n * 1.5707963267948966, f32x8);
+    quarters[h] = __builtin_convertvector(n, i32x8);
+  }
+  i32x16 q;
+  memcpy(&x, left, sizeof x), memcpy(&q, quarters, sizeof q);
+  const f32x16 z = x * x;
+  const f32x16 s = fma(x * z, polynomial(z, -1.95152959e-4f, 8.33216087e-3f, -1.66666546e-1f), x);
+  const f32x16 half = fma(z, splat(-0.5f), splat(1.0f));
+  const f32x16 c = fma(z * z, polynomial(z, 2.44331571e-5f, -1.38873163e-3f, 4.16666457e-2f), half);
+  const i32x16 odd = -(q & 1);
+  sine = (f32x16)((i32x16)choose(odd, c, s) ^ (q & 2) << 30);
+  cosine = (f32x16)((i32x16)choose(odd, s, c) ^ ((q + 1) & 2) << 30);
+}
 static inline f32x16 gelu_tanh(f32x16 x) {
   const f32x16 u = fma(x * x * 0.044715f, x, x) * 0.79788456080286536f;
   return x * 0.5f * (tanh(u) + 1.0f);
@@ -74,8 +98,8 @@ static inline float squares(const float* x, int64_t k, float mean) {
   return sum(acc);
 }
 
-static inline void normalize(const float* x, const float* w, float* y, int64_t k, float eps, float offset) {
-  const float s = 1.0f / sqrtf(squares(x, k, 0) / (float)k + eps);
+static inline float by_rms(const float* x, int64_t k, float eps) { return 1.0f / sqrtf(squares(x, k, 0) / k + eps); }
+static inline void normalize(const float* x, const float* w, float* y, int64_t k, float s, float offset) {
   for (int64_t i = 0; i < k; i += 16)
     write(y + i, read(x + i, k - i) * s * (read(w + i, k - i) + offset), k - i);
 }
@@ -84,7 +108,8 @@ static inline void normalize(const float* x, const float* w, float* y, int64_t k
 static void rms_norm(Rank& rank, const int64_t* c) {
   const int64_t k = c[5];
   share(rank, c[4], [&](int64_t r) {
-    normalize((const float*)c[1] + r * k, (const float*)c[2], (float*)c[3] + r * k, k, real(c[6]), real(c[7]));
+    const float* x = (const float*)c[1] + r * k;
+    normalize(x, (const float*)c[2], (float*)c[3] + r * k, k, by_rms(x, k, real(c[6])), real(c[7]));
   });
 }
 
@@ -106,21 +131,18 @@ static void layer_norm(Rank& rank, const int64_t* c) {
   });
 }
 
-// The scale of g numbers whose greatest magnitude is `levels` steps; NaN where one is NaN or infinite
+// The scale of g numbers whose greatest magnitude is `levels` steps; NaN where one is NaN or infinite, whose bits, as
+// integers, are larger than those of any number
 static inline float step_of(const float* x, int64_t g, float levels) {
-  f32x16 top = {}, poison = {};
-  for (int64_t i = 0; i < g; i += 16) {
-    const f32x16 v = read(x + i, g - i);
-    poison += v * 0.0f;
-    top = choose(v > top, v, top);
-    top = choose(-v > top, -v, top);
-  }
-  const auto higher = [](f32x16 a, f32x16 b) { return choose(a > b, a, b); };
+  const auto higher = [](i32x16 a, i32x16 b) { return a > b ? a : b; };
+  i32x16 top = {};
+  for (int64_t i = 0; i < g; i += 16) top = higher(top, (i32x16)read(x + i, g - i) & 0x7fffffff);
   top = higher(top, CROSSED(top, 8));
   top = higher(top, CROSSED(top, 4));
   top = higher(top, CROSSED(top, 2));
   top = higher(top, CROSSED(top, 1));
-  return top[0] / levels + sum(poison);
+  const float most = ((f32x16)top)[0];
+  return most / levels + most * 0.0f;
 }
 static inline f32x16 in_steps(f32x16 x, float scale) {  // adding 1.5 * 2^23 rounds to an integer, ties to even
   return x / splat(scale == 0 ? 1.0f : scale) + 12582912.0f - 12582912.0f;
@@ -168,31 +190,36 @@ static inline void quantize(const float* x, const int64_t* c, int64_t r, int64_t
   }
 }
 
-// x, codes, scales, sums, m, k, group, wide. Rows that stand side by side share cache lines, and are one rank's.
-static void quantize_rows(Rank& rank, const int64_t* c) {
+// each(row, from, to): columns of rows in pieces of whole groups. Rows that stand side by side share cache lines, and
+// are one rank's.
+template <class F> static inline void by_pieces(Rank& rank, const int64_t* c, F each) {
   const int64_t k = c[6], piece = (512 + c[7] - 1) / c[7] * c[7], pieces = (k + piece - 1) / piece;
   share(rank, (c[5] + c[8] - 1) / c[8] * pieces, [&](int64_t unit) {
     const int64_t block = unit / pieces, from = unit % pieces * piece, to = from + piece < k ? from + piece : k;
-    for (int64_t r = block * c[8]; r < (block + 1) * c[8] && r < c[5]; r++)
-      quantize((const float*)c[1] + r * k + from, c, r, from, to);
+    for (int64_t r = block * c[8]; r < (block + 1) * c[8] && r < c[5]; r++) each(r, from, to);
+  });
+}
+
+// x, codes, scales, sums, m, k, group, wide
+static void quantize_rows(Rank& rank, const int64_t* c) {
+  by_pieces(rank, c, [&](int64_t r, int64_t from, int64_t to) {
+    quantize((const float*)c[1] + r * c[6] + from, c, r, from, to);
   });
 }
 
 // x, codes, scales, sums, m, k, group, wide, w, eps, offset, y: the codes of the normalized rows, which go by y
 static void rms_norm_quantize(Rank& rank, const int64_t* c) {
-  share(rank, (c[5] + c[8] - 1) / c[8], [&](int64_t block) {
-    for (int64_t r = block * c[8]; r < (block + 1) * c[8] && r < c[5]; r++) {
-      float* y = (float*)c[12] + r * c[6];
-      normalize((const float*)c[1] + r * c[6], (const float*)c[9], y, c[6], real(c[10]), real(c[11]));
-      quantize(y, c, r, 0, c[6]);
-    }
+  by_pieces(rank, c, [&](int64_t r, int64_t from, int64_t to) {
+    const float *x = (const float*)c[1] + r * c[6], s = by_rms(x, c[6], real(c[10]));
+    float* y = (float*)c[12] + r * c[6] + from;
+    normalize(x + from, (const float*)c[9] + from, y, to - from, s, real(c[11]));
+    quantize(y, c, r, from, to);
   });
 }
 
 // x, positions, freq, y, batch, heads, tokens, dim; steps between rows of positions, and between batches, heads and
 // tokens of x; rotated pairs, scale
 static void rotary(Rank& rank, const int64_t* c) {
-  constexpr int64_t BLOCK = 256;
   const float *x = (const float*)c[1], *freq = (const float*)c[3];
   const int64_t* positions = (const int64_t*)c[2];
   float* y = (float*)c[4];
@@ -200,24 +227,17 @@ static void rotary(Rank& rank, const int64_t* c) {
   const float scale = real(c[14]);
   share(rank, c[5] * tokens, [&](int64_t at) {
     const int64_t b = at / tokens, t = at % tokens;
-    float cosines[BLOCK], sines[BLOCK];
-    for (int64_t first = 0; first < r; first += BLOCK) {
-      const int64_t count = r - first < BLOCK ? r - first : BLOCK;
-      for (int64_t i = 0; i < count; i++) {
-        const float angle = (float)positions[b * sp + t] * freq[first + i];
-        cosines[i] = cosf(angle) * scale;
-        sines[i] = sinf(angle) * scale;
-      }
+    for (int64_t i = 0; i < r; i += 16) {
+      const int64_t left = r - i;
+      f32x16 sine, cosine;
+      sine_cosine((float)positions[b * sp + t] * read(freq + i, left), sine, cosine);
+      sine *= scale, cosine *= scale;
       for (int64_t h = 0; h < heads; h++) {
-        const float* in = x + b * sb + h * sh + t * st + first;
-        float* out = y + ((b * heads + h) * tokens + t) * dim + first;
-        for (int64_t i = 0; i < count; i += 16) {
-          const int64_t left = count - i;
-          const f32x16 c = read(cosines + i, left), s = read(sines + i, left);
-          const f32x16 u = read(in + i, left), v = read(in + i + r, left);
-          write(out + i, fma(u, c, -(v * s)), left);
-          write(out + i + r, fma(v, c, u * s), left);
-        }
+        const float* in = x + b * sb + h * sh + t * st + i;
+        float* out = y + ((b * heads + h) * tokens + t) * dim + i;
+        const f32x16 u = read(in, left), v = read(in + r, left);
+        write(out, fma(u, cosine, -(v * sine)), left);
+        write(out + r, fma(v, cosine, u * sine), left);
       }
     }
     for (int64_t h = 0; h < heads; h++)  // what stands behind the rotated dims is passed on
@@ -262,6 +282,30 @@ static void pick(Rank& rank, const int64_t* c) {
   });
 }
 
+static inline u16x16 low_words(u32x16 v) {
+#if defined(__AVX512F__)  // as above
+  return (u16x16)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, u16x16);
+#endif
+}
+static inline u16x16 to_bf16(f32x16 x) {  // ties to even; NaN stays one
+  const u32x16 bits = (u32x16)x, nan = (u32x16)(x != x);
+  return low_words((nan & 0x7fc0) | (~nan & (bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+}
+static inline u16x16 to_f16(f32x16 x) {  // ties to even
+#if defined(__AVX512F__)
+  return (u16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const u32x16 f = (u32x16)x & 0x7fffffffu, sign = (u32x16)x >> 16 & 0x8000u;
+  const u32x16 low = (u32x16)((f32x16)f + 0.5f) - 0x3f000000u;  // subnormal: rounds at the last bit that a half has
+  const u32x16 whole = (f + 0xc8000fffu + (f >> 13 & 1)) >> 13;
+  const u32x16 small = (u32x16)(f < 0x38800000u), large = (u32x16)(f >= 0x477ff000u), nan = (u32x16)(f > 0x7f800000u);
+  const u32x16 finite = (small & low) | (~small & whole);
+  return low_words(sign | (nan & 0x7e00) | (~nan & large & 0x7c00) | (~large & finite));
+#endif
+}
+
 // tokens [B, T] as they lie are written behind the tail of a cache: x, steps of x by batch, head and token, rows B,
 // heads G, tokens T, dim, tail, slots W, counts [B, 4]
 template <class T, class F> static inline void append(Rank& rank, const int64_t* c, F narrow) {
@@ -272,40 +316,15 @@ template <class T, class F> static inline void append(Rank& rank, const int64_t*
     for (int64_t h = 0; h < heads; h++) {
       const float* x = (const float*)c[1] + b * c[2] + h * c[3] + t * c[4];
       T* y = (T*)c[9] + ((b * heads + h) * slots + counts[4 * b + 2] + t) * dim;
-      for (int64_t i = 0; i < dim; i++) y[i] = narrow(x[i]);
+      for (int64_t i = 0; i < dim; i += 16) {
+        const auto v = narrow(read(x + i, dim - i));
+        memcpy(y + i, &v, (dim - i < 16 ? dim - i : 16) * sizeof(T));
+      }
     }
   });
 }
-static inline uint16_t to_bf16(float x) {  // ties to even; NaN stays one
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-static inline uint16_t to_f16(float x) {
-#ifdef __FLT16_MAX__
-  const _Float16 h = (_Float16)x;
-  uint16_t bits;
-  memcpy(&bits, &h, sizeof bits);
-  return bits;
-#else
-  uint32_t f;
-  memcpy(&f, &x, sizeof f);
-  const uint32_t sign = f >> 16 & 0x8000u;
-  f &= 0x7fffffffu;
-  if (f > 0x7f800000u) return sign | 0x7e00;
-  if (f >= 0x477ff000u) return sign | 0x7c00;
-  if (f < 0x38800000u) {  // subnormal: the sum rounds at the last bit that a half has
-    float y;
-    memcpy(&y, &f, sizeof y);
-    y += 0.5f;
-    memcpy(&f, &y, sizeof f);
-    return sign | (f - 0x3f000000u);
-  }
-  return sign | (f + 0xc8000fffu + (f >> 13 & 1)) >> 13;
-#endif
-}
 static void append_float32(Rank& rank, const int64_t* c) {
-  append<float>(rank, c, [](float x) { return x; });
+  append<float>(rank, c, [](f32x16 x) { return x; });
 }
 static void append_float16(Rank& rank, const int64_t* c) { append<uint16_t>(rank, c, to_f16); }
 static void append_bfloat16(Rank& rank, const int64_t* c) { append<uint16_t>(rank, c, to_bf16); }

@@ -95,7 +95,12 @@ static inline float bf16_to_f32(uint16_t h) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-static inline f32x16 bf16_to_f32(u16x16 h) { return (f32x16)(__builtin_convertvector(h, u32x16) << 16); }
+#if defined(__AVX512F__)  // GCC 12 widens by halves
+static inline u32x16 widen(u16x16 h) { return (u32x16)_mm512_cvtepu16_epi32((__m256i)h); }
+#else
+static inline u32x16 widen(u16x16 h) { return __builtin_convertvector(h, u32x16); }
+#endif
+static inline f32x16 bf16_to_f32(u16x16 h) { return (f32x16)(widen(h) << 16); }
 
 #ifdef __FLT16_MAX__
 static inline float f16_to_f32(uint16_t h) {
@@ -135,7 +140,7 @@ static inline f32x16 f16_to_f32(u16x16 h) {
 // GCC 12 converts _Float16 vectors lane by lane. Shift exponent and mantissa into place, let a product by 2^112 correct
 // the bias (exact, subnormals included), then restore infinities, NaN and the sign.
 static inline f32x16 f16_to_f32(u16x16 h) {
-  u32x16 w = __builtin_convertvector(h, u32x16), em = w & 0x7fffu;
+  u32x16 w = widen(h), em = w & 0x7fffu;
   f32x16 x = (f32x16)(em << 13) * 0x1p112f;
   u32x16 special = (u32x16)(em > 0x7bffu) & 0x7f800000u;
   return (f32x16)((u32x16)x | special | (w & 0x8000u) << 16);

@@ -69,7 +69,7 @@ def test_the_product_equals_decode(which: str) -> None:
         ("three bits", "(const uint8_t*)w[6]", "(const uint8_t*)w[4]"),
         ("banks of tables", " * 8)", " * 4)"),
         ("two of four", "pick<4>(xs[b] + 4,", "pick<4>(xs[b] + 8,"),
-        ("one of sixteen, with zeros", "fma(scale1, (", "fma(1.05f * scale1, ("),
+        ("one of sixteen, with zeros", "fma(scale1,", "fma(1.05f * scale1,"),
         ("a sum", " == (int32_t)(", " == 1 + (int32_t)("),
     ],
 )

@@ -135,8 +135,9 @@ def test_a_wrong_weight_exceeds_the_tolerance(damage: str) -> None:
 
 MUTANTS = {
     "a row of x that is another's": ("xs[b][5]", "xs[0][5]"),
-    "a sum left out": ("sum0[b][0] + sum0[b][1]", "sum0[b][0]"),
-    "5 % of a scale": ("fma(scale0, (", "fma(scale0 * 1.05f, ("),
+    "a group left out": ("group = 0; group < groups", "group = 1; group < groups"),
+    "a tile that is its neighbour": ("tiles[++s < S ? s : 0]", "tiles[++s < S ? 0 : 0]"),
+    "5 % of a scale": ("fma(scale0,", "fma(scale0 * 1.05f,"),
     "a shift in the wrong direction": ("fma(shift, splat(", "fma(-shift, splat("),
     "the last tile left out": ("tiles = (w[1] + 15) / 16", "tiles = w[1] / 16"),
 }

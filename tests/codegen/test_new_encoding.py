@@ -135,7 +135,7 @@ def test_the_gemv_equals_decode(encoding: Lookup, rows: int) -> None:
 
 @every_table
 @pytest.mark.parametrize(
-    ("right", "wrong"), [(" * 4)", " * 2)"), ("& 3)", "& 1)"), ("fma(scale0, (", "fma(scale0 * 1.05f, (")]
+    ("right", "wrong"), [(" * 4)", " * 2)"), ("& 3)", "& 1)"), ("fma(scale0,", "fma(scale0 * 1.05f,")]
 )
 def test_a_wrong_kernel_exceeds_the_tolerance(encoding: Lookup, right: str, wrong: str) -> None:
     w, x = random(63, 256), random(3, 256, seed=1)

@@ -162,13 +162,13 @@ def test_every_instruction_set_gives_the_same_sums(monkeypatch: pytest.MonkeyPat
         assert off(y, encoding, width, w, x) < TOLERANCE
         if "v2" not in march:  # which has no fused multiplication and addition
             assert torch.equal(y, native)
-    with monkeypatch.context() as patch, mutant("dot4(sum[b], code, four(", "dot4(sum[b], code, -four("):
+    with monkeypatch.context() as patch, mutant("code[s], four)", "code[s], -four)"):
         patch.setenv("SMELT_MARCH", march)
         assert off(multiplied(encoding, width, w, x), encoding, width, w, x) > 100 * TOLERANCE
 
 
 MUTANTS = {
-    "5 % of a scale": ("scale * s,", "scale * s * 1.05f,"),
+    "5 % of a scale": ("scale * by,", "scale * by * 1.05f,"),
     "no offset": ("= -8 * sums[", "= 0 * sums["),
     "another row's scale": ("scales[group * W + b]", "scales[group * W]"),
     "another row's codes": ("+ 4 * b)", ")"),

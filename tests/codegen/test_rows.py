@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from smelt.codegen.rows import RowKernel, row_kernel, row_stride
+from smelt.codegen.rows import RowKernel, function, row_kernel, row_stride
+from smelt.codegen.unit import call
 from smelt.ir.errors import SmeltError
 from smelt.ir.ops import ATTENTION, GATED, HADAMARD, LAYER_NORM, OPS, QUANTIZED, RMS_NORM, ROTARY
 
@@ -123,12 +125,49 @@ def test_the_hadamard_transform_equals_the_reference() -> None:
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_rotary_equals_the_reference(transposed: bool) -> None:
-    """Ragged tokens; heads rotated wholly, in part, and wider than a block of angles."""
+    """Ragged tokens; heads rotated wholly, in part, and wider than a vector of angles."""
     for tokens, (dim, pairs) in product(ROWS, [(64, 32), (40, 8), (6, 1)]):
         args = rotary_args(3, tokens, dim, pairs, transposed)
         assert off(run(ROTARY.target, args["x"], **args), ROTARY.target, **args) < TOLERANCE
     wide = rotary_args(2, 3, 1100, 530, transposed)
     assert off(run(ROTARY.target, wide["x"], **wide), ROTARY.target, **wide) < TOLERANCE
+
+
+def test_rotary_is_as_exact_at_late_positions() -> None:
+    """Against angles in doubles: of a float32 angle beyond 1e5 a reduction in float32 would leave few bits."""
+    args = rotary_args(1, 63, 64, 32, batch=1) | {"inv_freq": torch.logspace(0, -0.01, 32), "scale": 1.0}
+    for start in (0, 8191, 131_072, 1_000_000):
+        args["positions"] = start + torch.arange(63)[None]
+        angles = (args["positions"].float()[..., None] * args["inv_freq"]).double()[:, None]
+        u, v = args["x"].double().chunk(2, -1)
+        want = torch.cat([u * angles.cos() - v * angles.sin(), v * angles.cos() + u * angles.sin()], -1)
+        assert (run(ROTARY.target, args["x"], **args) - want).abs().max() < TOLERANCE, start
+
+
+MARCHES = {"native": "fpu", "x86-64-v3": "avx2", "x86-64-v2": "sse4_2"}
+
+
+@pytest.mark.parametrize(("march", "needs"), MARCHES.items())
+def test_appended_tokens_are_rounded_as_torch_rounds(march: str, needs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any bits, all halves and what lies between two; behind what the tail holds, rows of whole vectors and others."""
+    if needs not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this CPU has no {needs}")
+    monkeypatch.setenv("SMELT_MARCH", march)
+    halves = torch.arange(1 << 16).to(torch.int16).view(torch.float16).float()
+    between = (halves + halves.roll(1)) / 2
+    near = torch.nextafter(between, torch.tensor(torch.inf))
+    bits = torch.randint(-(1 << 31), (1 << 31) - 1, (1 << 16,), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([halves, between, near, bits.int().view(torch.float32)])
+    for dtype, dim in product((torch.float16, torch.bfloat16, torch.float32), (16, 24)):
+        tokens = x.numel() // 2 // dim
+        key = x[: 2 * tokens * dim].view(1, tokens, 2, dim).transpose(1, 2)
+        tail, counts = torch.zeros(1, 2, tokens + 3, dim, dtype=dtype), torch.tensor([[0, 0, 3, 3]], dtype=torch.int32)
+        words = (key, *key.stride()[:3], 1, 2, tokens, dim, tail, tokens + 3, counts)
+        call(function(f"append_{str(dtype).removeprefix('torch.')}"), *words, writes=[tail])()
+        want, number = key.to(dtype), torch.int32 if dtype is torch.float32 else torch.int16
+        same = tail[:, :, 3:].view(number) == want.contiguous().view(number)
+        assert (same | (want.isnan() & tail[:, :, 3:].isnan())).all(), dtype
+        assert not tail[:, :, :3].any()
 
 
 def test_rotary_takes_positions_that_rows_share() -> None:
@@ -211,7 +250,8 @@ MUTANTS = {
         "c[5] - 1, [&](int64_t r) {\n    const float* in",
     ),
     "the tail left out of the variance": ("layer_norm", "j = k - i; j < 16", "j = 0; j < 16"),
-    "rotated the other way": ("rotary", "fma(u, c, -(v * s))", "fma(u, c, v * s)"),
+    "rotated the other way": ("rotary", "fma(u, cosine, -(v * sine))", "fma(u, cosine, v * sine)"),
+    "a quarter of a turn off": ("rotary", "((q + 1) & 2)", "(q & 2)"),
     "the rest not passed": ("rotary", "i = 2 * r; i < dim", "i = 2 * r + 1; i < dim"),
     "rounded to other steps": ("quantized", "g, real(c[6]))", "g, real(c[6]) + 1)"),
     "a step too long": ("quantized", "scale) * scale", "scale) * scale * 1.05f"),
