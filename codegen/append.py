@@ -37,5 +37,5 @@ def _append(cache: Cache, layer: int, role: str, x: torch.Tensor) -> Call:
         made.words[_SLOTS + 1] = cache.counts(layer).data_ptr()
         generation = cache.generation
 
-    made.refresh = refresh
+    made.refresh, made.steady = refresh, True
     return made

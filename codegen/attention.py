@@ -130,6 +130,7 @@ class SegmentAttention:
             frozenset({out.untyped_storage().data_ptr(), "attention's scratch"}),
             keeps=(at, given, query, out, sinks, picks),
             refresh=refresh,
+            steady=True,
         )
 
     def _check(self, layer: int, rows: int, tokens: int, picks: Picks) -> None:

@@ -51,8 +51,9 @@ class Function:
 class Call:
     """A kernel on fixed addresses. `reads` and `writes` name what it touches: addresses of storages, or any keys.
 
-    `small`: one rank does it alone. `refresh` sets words that may change from step to step; `check` raises after a step
-    whose words tell of bad input. Calling it runs it by itself.
+    `small`: one rank does it alone. `refresh` sets words that may change from step to step, and where it is `steady`
+    none but addresses of a cache and its step; `check` raises after a step whose words tell of bad input. Calling it
+    runs it by itself.
     """
 
     function: Function
@@ -62,6 +63,7 @@ class Call:
     small: bool = False
     keeps: tuple[Any, ...] = ()
     refresh: Callable[[], None] | None = None
+    steady: bool = False
     check: Callable[[], None] | None = None
     node: str = ""
     nbytes: int = 0
@@ -110,11 +112,13 @@ class Unit:
         self._step, self._timed = library.step, library.timed
         self._pointers = (ctypes.c_void_p * len(calls))(*(ctypes.addressof(c.words) for c in calls))
         self._refreshes = [c.refresh for c in calls if c.refresh is not None]
+        self._unsteady = [c.refresh for c in calls if c.refresh is not None and not c.steady]
         self._checks = [c.check for c in calls if c.check is not None]
 
-    def __call__(self) -> None:
-        """Run all calls."""
-        self._refresh()
+    def __call__(self, moved: bool = True) -> None:
+        """Run all calls. `moved`: whether the cache or the step lie elsewhere than in the last one."""
+        for refresh in self._refreshes if moved else self._unsteady:
+            refresh()
         self._run(self._step, self._pointers)
 
     def again(self) -> None:
@@ -124,13 +128,10 @@ class Unit:
     def timed(self) -> list[float]:
         """Run all calls with a meeting after each; seconds that each took."""
         taken = (ctypes.c_int64 * len(self.calls))()
-        self._refresh()
-        self._run(self._timed, self._pointers, taken)
-        return [nanoseconds * 1e-9 for nanoseconds in taken]
-
-    def _refresh(self) -> None:
         for refresh in self._refreshes:
             refresh()
+        self._run(self._timed, self._pointers, taken)
+        return [nanoseconds * 1e-9 for nanoseconds in taken]
 
     def _run(self, function: Any, *arguments: Any) -> None:
         ranks = team()

@@ -20,6 +20,7 @@ from torch import fx
 from ..codegen.build import threads
 from ..codegen.choose import Chooser
 from ..codegen.choose_triton import TritonChooser
+from ..codegen.close_up import CloseUp
 from ..codegen.fuse import Chain, Region
 from ..codegen.fused import Codes, ProductKernel, QuantizeKernel
 from ..codegen.mass import column_sums
@@ -30,34 +31,7 @@ from ..ir.cache import Cache
 from ..ir.errors import SmeltError
 from ..ir.ops import CACHED_ATTENTION, HEAD, LAYER_NORM, QUANTIZED, RMS_NORM, arguments, is_op
 from ..ir.weight import Weight
-
-ALIGN = 64  # bytes; a cache line, and the widest vector
-SLACK = 4  # a freed block serves requests down to a quarter of its size
-
-
-class Pool:
-    """Storage by size: freed blocks are handed out again, smallest fit first."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device
-        self.free: list[torch.Tensor] = []
-        self.allocated = 0
-
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        """A contiguous buffer with the shape and dtype of `like` (a meta tensor); its content is whatever was there."""
-        nbytes = like.numel() * like.element_size()
-        fits = [block for block in self.free if nbytes <= block.numel() <= SLACK * max(nbytes, ALIGN)]
-        if fits:
-            block = min(fits, key=torch.numel)
-            self.free = [b for b in self.free if b is not block]
-        else:
-            block = torch.empty(max(1, -(-nbytes // ALIGN)) * ALIGN, dtype=torch.uint8, device=self.device)
-            self.allocated += block.numel()
-        return block[:nbytes].view(like.dtype).view(like.shape)
-
-    def give(self, storage: torch.UntypedStorage) -> None:
-        """Return a block."""
-        self.free.append(torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage))
+from .pool import Pool
 
 
 class Bound:
@@ -89,6 +63,7 @@ class Bound:
         self._leads: dict[fx.Node, tuple[int, ...]] = {}  # of activations that are codes: the shape but for columns
         self._logits = _logits(plan.program.graph, [region for region, _ in plan.regions])
         self.chooser: Chooser | TritonChooser | None = None
+        self._here: tuple[int, int, int] | None = None  # where the last step's cache and tokens lay
         self.alone = True  # whether the calls of a step need nobody to count the cache's tokens between two of them
         self._starts = {region.at: (region, kernel) for region, kernel in plan.regions}
         self._inside = {node: region for region, _ in plan.regions for node in region.nodes}
@@ -97,8 +72,10 @@ class Bound:
             self._bind(node)
         self._values.clear()
         self.calls = _units(self._made)
-        for segments in cache.segments.values() if cache is not None and plan.target == "cpp" else ():
-            segments.sums = column_sums
+        if cache is not None and plan.target == "cpp":
+            cache.keep = cache.keep if isinstance(cache.keep, CloseUp) else CloseUp()
+            for segments in cache.segments.values():
+                segments.sums = column_sums
 
     @property
     def nbytes(self) -> int:
@@ -107,8 +84,11 @@ class Bound:
 
     def run(self) -> None:
         """One step."""
+        step = self.cache.step if self.cache is not None else None
+        here = None if self.cache is None or step is None else (self.cache.generation, *step.addresses)
+        moved, self._here = here is None or here != self._here, here
         for call in self.calls:
-            call()
+            call(moved) if isinstance(call, Unit) else call()
 
     def again(self) -> None:
         """One step more over a cache whose buffers stayed where they are."""

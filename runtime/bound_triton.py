@@ -28,7 +28,8 @@ from ..codegen.plan import Plan
 from ..ir.cache import Cache
 from ..ir.cache.step import Step
 from ..ir.ops import HEAD, is_op
-from .bound import ALIGN, Bound
+from .bound import Bound
+from .pool import ALIGN
 
 _LAST, _POSITIONS, _VALID, _WORDS = "last token", "step positions", "step valid", "step words"  # no names of inputs
 

@@ -157,12 +157,12 @@ class Session:
             if new not in self._all:
                 self._all[new] = torch.ones(tokens.shape, dtype=torch.bool)
             valid = self._all[new]
-        self.cache.begin(positions, valid, ancestors, tokens=tokens)
         bound = self.bound(new, last is not None, self._stage())
         if bound.last is not None and last is not None:
             bound.last.copy_(last)
         bound.inputs["tokens"].copy_(tokens)
-        bound.inputs["positions"].copy_(positions)
+        positions = bound.inputs["positions"].copy_(positions)  # where kernels found them in the last step
+        self.cache.begin(positions, valid, ancestors, tokens=tokens)
         for name, value in (more or {}).items():
             bound.inputs[name].copy_(value)
         self.chosen = None

@@ -78,14 +78,14 @@ class Segments:
         return self.tail_k.shape[2]
 
     @property
-    def _tails(self) -> dict[str, torch.Tensor]:
+    def tails(self) -> dict[str, torch.Tensor]:
         """Buffers along the tail's slots, by name."""
         named = {name: getattr(self, name) for name in ("tail_k", "tail_v", "tail_q", "tail_mass")}
         return {name: tail for name, tail in named.items() if tail is not None}
 
     def buffers(self) -> Iterator[torch.Tensor]:
         """Every tensor that holds something of stored tokens."""
-        yield from (self.sink_k, self.sink_v, *self._tails.values())
+        yield from (self.sink_k, self.sink_v, *self.tails.values())
         if self.sink_at is not None:
             yield self.sink_at
         for body in self.bodies:
@@ -93,14 +93,14 @@ class Segments:
 
     def used_bytes(self, row: int, counts: Counts) -> int:
         """Bytes that the stored tokens of one row take."""
-        size = sum(tail[0, :, :1].numel() * tail.element_size() for tail in self._tails.values()) * counts.tail
+        size = sum(tail[0, :, :1].numel() * tail.element_size() for tail in self.tails.values()) * counts.tail
         size += sum(sink[0, :, :1].numel() * sink.element_size() for sink in (self.sink_k, self.sink_v)) * counts.sink
         size += 4 * self.site.kv_heads * (self.sink_at is not None)
         return size + sum(body.used_bytes(row) for body in self.bodies)
 
     def resize_tail(self, width: int, used: list[int]) -> None:
         """Move the tail to buffers of `width` slots, keeping the first `used[b]` tokens of each row."""
-        for name, old in self._tails.items():
+        for name, old in self.tails.items():
             new = old.new_empty(*old.shape[:2], width, *old.shape[3:])
             if name == "tail_mass":
                 new.zero_()
@@ -123,7 +123,7 @@ class Segments:
 
     def take_rows(self, rows: Sequence[int], index: torch.Tensor) -> None:
         """Gather rows: row i becomes the old row `index[i]`."""
-        for name in ("sink_k", "sink_v", *self._tails, *(["sink_at"] if self.sink_at is not None else [])):
+        for name in ("sink_k", "sink_v", *self.tails, *(["sink_at"] if self.sink_at is not None else [])):
             setattr(self, name, getattr(self, name)[index])
         self.counted = [self.counted[row] for row in rows]
         for body in self.bodies:
@@ -132,7 +132,7 @@ class Segments:
     def keep(self, row: int, offset: int, accepted: list[int]) -> None:
         """Close the new tokens `accepted` of a row up behind its first `offset` tail tokens, in that order."""
         index = torch.tensor(accepted, device=self.tail_k.device) + offset
-        for tail in self._tails.values():
+        for tail in self.tails.values():
             tail[row, :, offset : offset + len(accepted)] = tail[row].index_select(1, index)
 
     def clear(self, row: int) -> None:
@@ -154,7 +154,7 @@ class Segments:
         arrive(self, row, slice(start, end), site.sink + before, end + tail, prompt, ids)
         if not before:
             self._sinks(row)
-        for name, buffer in self._tails.items():
+        for name, buffer in self.tails.items():
             buffer[row, :, :tail] = buffer[row, :, end : end + tail].clone()  # the ranges may overlap
             if name == "tail_mass":
                 buffer[row, :, tail:] = 0
@@ -200,3 +200,9 @@ class Segments:
         slots = slice(0, tail + len(at))
         places = torch.cat([torch.arange(length - tail, length, device=at.device), at])[None]
         return Read(self.tail_k[row, :, slots].float(), self.tail_v[row, :, slots].float(), places)
+
+
+def keep(members: Sequence[Segments], generation: int, row: int, offset: int, accepted: list[int]) -> None:
+    """`Segments.keep` of several layers; `generation`: of the cache, for who remembers where their buffers lie."""
+    for segments in members:
+        segments.keep(row, offset, accepted)

@@ -15,7 +15,7 @@ from .options import Rope
 from .plan import CachePlan, Counts, Site
 from .retrieve import retrieved
 from .schedule import Schedule
-from .segments import Segments
+from .segments import Segments, keep
 from .step import Step
 
 Indices: TypeAlias = torch.Tensor | Sequence[Sequence[int]]
@@ -52,6 +52,7 @@ class Cache:
         self.lengths = [0] * batch
         self.prompts = [0] * batch
         self.step: Step | None = None
+        self.keep = keep  # who has a kernel for it puts it here
         self.ids: list[list[int]] = [[] for _ in range(batch)]  # of the prompts, where a policy asks
         self._new: list[list[int]] | None = None
         self._profiles = any(site.select is not None and site.select.policy is not None for site in plan.sites)
@@ -271,8 +272,7 @@ class Cache:
             self.ids[row] += [self._new[row][i] for i in kept]
         if kept != list(range(len(kept))):
             for schedule in self._schedules.values():
-                for segments in schedule.members:
-                    segments.keep(row, schedule.counts[row].tail, kept)
+                self.keep(schedule.members, self.generation, row, schedule.counts[row].tail, kept)
         self._settle(row, self.lengths[row], length)
 
     def _settle(self, row: int, before: int, length: int) -> None:

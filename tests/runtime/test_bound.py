@@ -23,7 +23,8 @@ from smelt.ir.program import Program
 from smelt.ir.shapes import derive
 from smelt.ir.weight import Weight
 from smelt.passes.activations.quantize import Quantize
-from smelt.runtime.bound import Bound, Pool
+from smelt.runtime.bound import Bound
+from smelt.runtime.pool import Pool
 
 from ..codegen.mutants import mutant
 from ..ir.programs import FAMILIES, cached, captured, quantized
