@@ -57,11 +57,15 @@ REQUESTS: tuple[dict[str, Any], ...] = (GREEDY, *({"temperature": 1.0, "seed": s
 
 @dataclass
 class Tally:
-    """What requests of one kind took. `ratios`: of speed to that without drafts; `paced`: where drafting may pause."""
+    """What requests of one kind took. `ratios`: of speed to that without drafts; `paced`: where drafting may pause.
+
+    `kept`: what is left of a request's tokens a step as speed.
+    """
 
     steps: int = 0
     tokens: int = 0
     ratios: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
     paced: list[float] = field(default_factory=list)
     rate: list[float] = field(default_factory=list)
 
@@ -72,6 +76,7 @@ class Tally:
             "tokens_per_step": self.tokens / max(1, self.steps),
             "speedup": median,
             "speedup_quartiles": [low, high],
+            "kept_quartiles": list(spread(self.kept)),
             "speedup_paced": spread(self.paced).median,
             "tokens_per_second": spread(self.rate).median,
         }
@@ -110,20 +115,23 @@ def measure(compiled: Compiled, prompts: Sequence[Sequence[int]], new: int) -> d
             tally.steps += made.steps
             tally.tokens += made.step_tokens
             tally.ratios.append(made.tokens_per_second / plain.tokens_per_second)
+            tally.kept.append(tally.ratios[-1] * made.steps / made.step_tokens)
             tally.paced.append(paced.tokens_per_second / plain.tokens_per_second)
             tally.rate.append(made.tokens_per_second)
     return {name: tally.told() for name, tally in kinds.items()} | {"host": host(compiled, prompts[0], new)}
 
 
-def over(name: str) -> dict[str, Any]:
-    """A recipe's steps behind 4-bit weights and KIVI's cache, which inserts the cache."""
+COMPRESSED: tuple[dict[str, Any], ...] = ({"weights.quantize": {"bits": 4}}, {"include": "kivi"})
+
+
+def over(name: str, under: Sequence[dict[str, Any]] = COMPRESSED) -> dict[str, Any]:
+    """A recipe's steps behind others, which insert the cache."""
     steps = [step.content() for step in load(name, catalogue()).steps if step.pass_name != "cache.insert"]
-    under: list[dict[str, Any]] = [{"weights.quantize": {"bits": 4}}, {"include": "kivi"}]
     return {
         "name": name,
         "family": "deploy",
-        "does": "Drafts over compressed weights and cache.",
-        "steps": under + steps,
+        "does": "Drafts over what was made smaller.",
+        "steps": [*under, *steps],
     }
 
 
@@ -237,10 +245,11 @@ def main() -> int:
     for name in (options.recipes or _drafting()) if each else ():
         print(f"{name} …", file=sys.stderr, flush=True)
         sets = _shortened(name, options.updates)
-        compiled = smelt.compile(model, name, calibration=texts, overrides=sets)
+        recipe = over(name, [{"include": options.under}]) if options.under else name
+        compiled = smelt.compile(model, recipe, calibration=texts, overrides=sets)
         if compiled.program.decode is None:  # a decoder, but no drafter
             continue
-        row = rows.setdefault(name, {})
+        row = rows.setdefault(f"{name} over {options.under}" if options.under else name, {})
         if sets:
             row["updates"] = options.updates
         if "equality" in options.parts:
@@ -285,10 +294,10 @@ def _tell(rows: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Mapping[str
         "equal",
         "compressed",
         "tokens a step",
-        "speed (with pauses)",
+        "speed (with pauses), kept",
         "tokens/s",
         "sampled: tokens a step",
-        "speed (with pauses)",
+        "speed (with pauses), kept",
         "host",
     ):
         table.add_column(header, justify="left" if header == "recipe" else "right")
@@ -302,10 +311,10 @@ def _tell(rows: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Mapping[str
             name,
             *equal,
             f"{greedy['tokens_per_step']:.2f}",
-            f"× {greedy['speedup']:.2f} ({greedy['speedup_paced']:.2f})",
+            f"× {greedy['speedup']:.2f} ({greedy['speedup_paced']:.2f}), {greedy['kept_quartiles'][1]:.0%}",
             f"{greedy['tokens_per_second']:.0f}",
             f"{sampled['tokens_per_step']:.2f}",
-            f"× {sampled['speedup']:.2f} ({sampled['speedup_paced']:.2f})",
+            f"× {sampled['speedup']:.2f} ({sampled['speedup_paced']:.2f}), {sampled['kept_quartiles'][1]:.0%}",
             f"{row['host']['host_share']:.0%} of {row['host']['step_ms']:.2f} ms",
         )
     for name, peer in peers.items():
@@ -325,6 +334,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--under", metavar="NAME", help="a recipe whose steps stand before a drafting one's")
     parser.add_argument("--updates", type=int, help="of recipes that train; equality asks for few")
     parser.add_argument("--add", action="store_true", help="keep what today's JSON holds and is not measured again")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")

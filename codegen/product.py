@@ -113,7 +113,7 @@ def source(spec: Spec) -> str:
         at += 2
     body = (_integers if spec.width is not None else _floats)(spec, inner, names)
     lines = [*(f"const f32x16 v{m} = sums[{m} * apart + b];" for m in range(spec.matrices)), *operands, *spec.lines]
-    own = inner.walked or inner.places  # much of what a tile needs is in registers, and no other's
+    own = inner.walked or inner.places or len(inner.factors) > 1  # registers that no other tile can share
     return TEMPLATE.format(
         title=f"{spec.encoding.form}{'' if spec.width is None else f', int8 activations in groups of {spec.width}'}",
         declared="\n  ".join(declared),
@@ -122,7 +122,7 @@ def source(spec: Spec) -> str:
         matrices=spec.matrices,
         widest=1 if own or inner.columns else 2,  # sums of groups need as many registers again
         beside=1 if own else 2,
-        single=1 if inner.walked else BESIDE,
+        single=1 if own and not inner.places else BESIDE,
         body=body,
         epilogue="\n    ".join(lines),
         result=CHOSEN.format(value=spec.value) if spec.head else WRITTEN.format(value=spec.value),
