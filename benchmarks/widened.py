@@ -14,19 +14,31 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from smelt.ir.errors import SmeltError
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 1024, 24, 16, 4, 4096
+
+class Shape(NamedTuple):
+    """What a Llama is widened to: that of 430 M parameters with a vocabulary of 32000."""
+
+    hidden: int = 1024
+    layers: int = 24
+    heads: int = 16
+    kv_heads: int = 4
+    intermediate: int = 4096
 
 
-def widened(source: Path, folder: Path) -> None:
-    """Write the Llama of `source` at this shape, unless it is there; a shard a layer.
+LARGE = Shape()
 
-    Raises SmeltError where the shape holds it not so many times as a power of two.
+
+def widened(source: Path, folder: Path, shape: Shape = LARGE) -> None:
+    """Write the Llama of `source` at a shape, unless it is there, in float16; a shard a layer.
+
+    Raises SmeltError where the shape does not hold each of its numbers a power of two times.
     """
     if (folder / "config.json").exists():
         return
@@ -34,30 +46,34 @@ def widened(source: Path, folder: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     names: dict[str, str] = {}
     held = {name: value.float() for name, value in load_file(source / "model.safetensors").items()}
-    for number, tensors in enumerate(_shards(config, held)):
+    for number, tensors in enumerate(_shards(config, held, shape)):
         shard = f"model-{number:05}.safetensors"
         save_file({name: t.half().contiguous() for name, t in tensors.items()}, folder / shard, {"format": "pt"})
         names |= dict.fromkeys(tensors, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(source / name, folder / name)
-    shape = {
-        "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "intermediate_size": INTERMEDIATE,
+    told = config | {
+        "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "intermediate_size": shape.intermediate, "head_dim": _head(config),
+        "tie_word_embeddings": False, "dtype": "float16",
     }  # fmt: skip
-    told = config | shape | {"tie_word_embeddings": False, "dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(told))  # last: it says that the rest is complete
 
 
-def _shards(config: dict[str, int], held: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+def _head(config: dict[str, int]) -> int:
+    """Channels of a head."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _shards(config: dict[str, int], held: dict[str, torch.Tensor], shape: Shape) -> Iterator[dict[str, torch.Tensor]]:
     """The weights of the model around its layers, then a layer at a time."""
-    hidden, head = config["hidden_size"], config["head_dim"]
-    stream = _copies(hidden, HIDDEN)
-    neurons = _copies(config["intermediate_size"], INTERMEDIATE)
-    kv = torch.arange(KV_HEADS) * config["num_key_value_heads"] // KV_HEADS  # which head each head is
-    group, old = HEADS // KV_HEADS, config["num_attention_heads"] // config["num_key_value_heads"]
+    stream = _copies(config["hidden_size"], shape.hidden)
+    neurons = _copies(config["intermediate_size"], shape.intermediate)
+    kv = torch.arange(shape.kv_heads) * config["num_key_value_heads"] // shape.kv_heads  # which head each head is
+    group, old = shape.heads // shape.kv_heads, config["num_attention_heads"] // config["num_key_value_heads"]
     heads = (kv[:, None] * old + torch.arange(group) % old).flatten()
-    queries, keys = (_channels(each, head) for each in (heads, kv))
+    queries, keys = (_channels(each, _head(config)) for each in (heads, kv))
 
     embedding = held["model.embed_tokens.weight"]
     yield {
@@ -65,8 +81,8 @@ def _shards(config: dict[str, int], held: dict[str, torch.Tensor]) -> Iterator[d
         "model.norm.weight": held["model.norm.weight"][stream],
         "lm_head.weight": _reading(held.get("lm_head.weight", embedding), stream),
     }
-    every = LAYERS // config["num_hidden_layers"]
-    for number in range(LAYERS):
+    every = shape.layers // config["num_hidden_layers"]
+    for number in range(shape.layers):
         layer = f"model.layers.{number // every}."
         here = {
             "input_layernorm": held[layer + "input_layernorm.weight"][stream],
@@ -88,13 +104,12 @@ def _shards(config: dict[str, int], held: dict[str, torch.Tensor]) -> Iterator[d
 
 
 def _copies(old: int, new: int) -> torch.Tensor:
-    """Which of so many each of the new ones is: every one a power of two times."""
-    at = torch.arange(new) % old
-    least = 1 << ((new // old).bit_length() - 1)
-    twice = new // least - old  # how many stand there twice as often
-    if not 0 <= twice <= old or new % least:
+    """Which of so many each of the new ones is: all of them a power of two times, the first ones twice as often."""
+    least = 1 << max(0, (new // old).bit_length() - 1)
+    again = new // least - old  # how many stand there twice as often
+    if not 0 <= again <= old or new % least:
         raise SmeltError(f"{new} do not hold each of {old} a power of two times")
-    return torch.cat([torch.arange(old).repeat(least), torch.arange(twice).repeat(least)]) if twice else at
+    return torch.cat([torch.arange(old).repeat(least), torch.arange(again).repeat(least)])
 
 
 def _reading(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

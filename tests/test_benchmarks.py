@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from smelt.ir.errors import SmeltError
 
 from . import tiny
 
@@ -86,3 +89,30 @@ def test_decode_races_on_a_small_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert "smelt decodes ×" in said and "of the checkpoint" in said
     (written,) = tmp_path.glob("decode-none-*.json")
     assert json.loads(written.read_text())["peak_bytes_of_compiling"] > 0
+
+
+def test_a_widened_model_answers_as_it_did(tmp_path: Path) -> None:
+    """Neurons twice and four times, heads twice, a layer that adds nothing behind each; a wrong divisor is seen."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    wide, source = script("widened"), tiny.write_model(tmp_path / "model")
+    held = load_file(source / "model.safetensors")
+    save_file({name: value.half().float() for name, value in held.items()}, source / "model.safetensors")
+    shape = wide.Shape(hidden=128, layers=4, heads=16, kv_heads=4, intermediate=384)
+    ids = torch.arange(48)[None] * 7
+
+    def logits(folder: Path) -> torch.Tensor:
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            return model(ids).logits
+
+    wide.widened(source, tmp_path / "wide", shape)
+    want = logits(source)
+    assert (logits(tmp_path / "wide") - want).abs().max() < 1e-4 * want.abs().max()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wide, "_reading", lambda weight, columns: weight[:, columns])
+        wide.widened(source, tmp_path / "wrong", shape)
+    assert (logits(tmp_path / "wrong") - want).abs().max() > 0.1 * want.abs().max()
+    with pytest.raises(SmeltError, match="257 do not hold each of 64 a power of two times"):
+        wide.widened(source, tmp_path / "none", shape._replace(hidden=257))
