@@ -25,7 +25,7 @@ static inline float total(const float* x, int64_t count) {{
 // in the next one that is read as this one. The last of several passes over a tile finds it in the cache, and fetches
 // the same place of that next one.
 template <int S, class T> struct Ahead {{
-  static constexpr int64_t AHEAD = 3072, UNIT = sizeof(T) < 2 ? 4 : sizeof(T);
+  static constexpr int64_t AHEAD = 6144, UNIT = sizeof(T) < 2 ? 4 : sizeof(T);
   int64_t size, by, jump;
   Ahead(int64_t row, bool again)
       : size(row * 16 * UNIT), by(again ? S * size : AHEAD), jump(again ? 0 : (S - 1) * size) {{}}

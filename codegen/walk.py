@@ -36,7 +36,7 @@ TEXT = r"""
 #define SMELT_WALK
 namespace {
 struct Walk {  // the weights of sixteen rows, see ir/encoding/tiered.py
-  static constexpr int AHEAD = 3072;  // bytes, as in other products
+  static constexpr int AHEAD = 3072;  // bytes
   const uint8_t *low, *first, *second, *rest, *table;
   int64_t at;  // in the second tier
 
