@@ -51,6 +51,7 @@ GREEDY: dict[str, Any] = {}
 SEEDS = (1, 2, 3)
 ROWS = 8  # prompts of a batch
 REPEATS = 6  # of the host's part
+COMPRESSED: tuple[dict[str, Any], ...] = ({"weights.quantize": {"bits": 4}}, {"include": "kivi"})
 PARTS = ("equality", "speed", "peers", "shape")
 REQUESTS: tuple[dict[str, Any], ...] = (GREEDY, *({"temperature": 1.0, "seed": seed} for seed in SEEDS))
 
@@ -119,9 +120,6 @@ def measure(compiled: Compiled, prompts: Sequence[Sequence[int]], new: int) -> d
             tally.paced.append(paced.tokens_per_second / plain.tokens_per_second)
             tally.rate.append(made.tokens_per_second)
     return {name: tally.told() for name, tally in kinds.items()} | {"host": host(compiled, prompts[0], new)}
-
-
-COMPRESSED: tuple[dict[str, Any], ...] = ({"weights.quantize": {"bits": 4}}, {"include": "kivi"})
 
 
 def over(name: str, under: Sequence[dict[str, Any]] = COMPRESSED) -> dict[str, Any]:

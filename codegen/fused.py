@@ -24,7 +24,7 @@ from .rows_source import MATH
 from .unit import Call, Function, call
 
 Value = Callable[[fx.Node], Any]
-UNIT = 1 << 15  # bytes of weights that a rank draws at once, about 2 us of reading
+UNIT = 1 << 15  # bytes of weights that a rank draws at once, about 2 us of reading; or all that is read side by side
 
 
 class Codes(NamedTuple):
@@ -133,7 +133,7 @@ class ProductKernel:
             -self._rows(first) // 16
         )
         most = UNIT // max(1, row_bytes * len(self.region.chains[0].products))
-        tiles = max(1, most // product.BESIDE) * product.BESIDE
+        tiles = max(1, most // product.SINGLE) * product.SINGLE
         words: list[Any] = []
         units, nbytes = 0, 0
         for chain, (_, operands) in zip(self.region.chains, self._chains, strict=True):

@@ -141,8 +141,8 @@ class Bound:
     def _made(self, bias: bool) -> tuple[Call, Unit]:
         if bias not in self._calls:
             tiles = -(-self._n // interleave.ROWS)
-            units = -(-tiles // product.BESIDE)
-            words = [1, self._k, None, None, None, product.BESIDE, units, 0, units, self._n, None, self._n]
+            units = -(-tiles // product.SINGLE)
+            words = [1, self._k, None, None, None, product.SINGLE, units, 0, units, self._n, None, self._n]
             for part in self._packed.values():
                 words += [part, part.shape[1] if part.dim() > 2 else 0]  # type: ignore[list-item]
             words += [None, 0] if bias else []

@@ -33,7 +33,7 @@ from .rows_source import MATH
 from .unit import Function
 
 BLOCK = 8  # rows of x at once; rows of 8-bit activations stand side by side by so many, four columns each
-BESIDE = 4  # tiles that are read at once, at most
+SINGLE = 4  # tiles that one row of x reads at once; more rows read fewer
 SIZES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
 
 
@@ -101,7 +101,7 @@ def source(spec: Spec) -> str:
         for part, dtype in parts(spec.encoding).items():
             named[part] = f"p_{part}{m}"
             declared.append(f"const {cpp.CTYPES[dtype]}* p_{part}{m} = (const {cpp.CTYPES[dtype]}*)w[{at}];")
-            if m == 0:  # the second matrix has rows of the same length
+            if m == 0 and not inner.walked:  # the second matrix has rows of the same length
                 declared.append(f"const int64_t {interleave.length(part)} = w[{at + 1}];")
                 declared.append(f"const Ahead<S, {cpp.CTYPES[dtype]}> ahead_{part}(w[{at + 1}], again);")
             at += 2
@@ -122,7 +122,7 @@ def source(spec: Spec) -> str:
         matrices=spec.matrices,
         widest=1 if own or inner.columns else 2,  # sums of groups need as many registers again
         beside=1 if own else 2,
-        single=1 if own and not inner.places else BESIDE,
+        single=1 if own and not inner.places else SINGLE,
         body=body,
         epilogue="\n    ".join(lines),
         result=CHOSEN.format(value=spec.value) if spec.head else WRITTEN.format(value=spec.value),

@@ -86,9 +86,10 @@ class Bound:
         """One step."""
         step = self.cache.step if self.cache is not None else None
         here = None if self.cache is None or step is None else (self.cache.generation, *step.addresses)
-        moved, self._here = here is None or here != self._here, here
+        moved, self._here = here is None or here != self._here, None
         for call in self.calls:
             call(moved) if isinstance(call, Unit) else call()
+        self._here = here  # who is refused finds nothing in its place
 
     def again(self) -> None:
         """One step more over a cache whose buffers stayed where they are."""

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from smelt.codegen.lower import lower
 from smelt.codegen.plan import Plan
+from smelt.codegen.unit import Unit
 from smelt.ir import decode as drafts
 from smelt.ir.cache import Cache, Select
 from smelt.ir.decode import DecodePlan, Tree
@@ -19,6 +20,7 @@ from smelt.ir.errors import SmeltError
 from smelt.ir.interpret import interpret
 from smelt.ir.program import Program
 from smelt.runtime import session as session_module
+from smelt.runtime.drafters import base
 from smelt.runtime.session import CHUNK, Draw, Session
 
 from ..ir.programs import FAMILIES, cached, captured, quantized
@@ -180,6 +182,65 @@ def test_every_prompt_token_is_harvested_with_the_logits_behind_it() -> None:
 
 PARENTS = (0, 0, 0, 1, 1, 4, 5, 2, 3)
 PATH = [0, 1, 4, 5, 6]
+
+
+SHAPES = ([0, 0, 1, 2], [0, 0, 0, 0], [0, 0, 1, 1])  # of trees: each node's parent
+
+
+def drafted(session: Session, parents: list[int]) -> torch.Tensor:
+    """Logits of a tree behind what the session holds; it is dropped."""
+    seen = base.ancestors(tuple(parents), len(parents))
+    positions = session.cache.lengths[0] + seen.sum(1)[None] - 1
+    logits = session.step(torch.arange(5, 5 + len(parents))[None], positions, None, seen)["logits"].clone()
+    session.cache.step = None
+    return logits
+
+
+def read_and_drafted(session: Session) -> list[torch.Tensor]:
+    """Each tree twice, before and after the buffers of the cache move to make room for a wide one."""
+    out = [drafted(session, parents) for parents in SHAPES for _ in range(2)]
+    before = session.cache.generation
+    drafted(session, [0] * 40)
+    assert session.cache.generation > before
+    return out + [drafted(session, parents) for parents in SHAPES]
+
+
+def alone(parents: list[int]) -> torch.Tensor:
+    session = Session(plan(), 1, 24, nodes=4)
+    session.prefill([prompt(9)])
+    return drafted(session, parents)
+
+
+def test_a_step_finds_what_moved_and_sets_nothing_that_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses are set again where trees or buffers of the cache lie elsewhere, and only there."""
+    want = [*(alone(parents) for parents in SHAPES for _ in range(2)), *(alone(parents) for parents in SHAPES)]
+    session, told = Session(plan(), 1, 24, nodes=4), list[bool]()
+    session.prefill([prompt(9)])
+    right = Unit.__call__
+
+    def counted(self: Unit, moved: bool = True) -> None:
+        told.append(moved)
+        right(self, moved)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unit, "__call__", counted)
+        found = read_and_drafted(session)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert told.count(False) >= len(SHAPES) - 1 and told.count(True) >= len(SHAPES)
+
+
+def test_the_comparison_sees_addresses_that_are_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    want, right, seen = [alone(parents) for parents in SHAPES], Unit.__call__, set[int]()
+    session = Session(plan(), 1, 24, nodes=4)
+    session.prefill([prompt(9)])
+
+    def stale(self: Unit, moved: bool = True) -> None:
+        right(self, moved and id(self) not in seen)
+        seen.add(id(self))
+
+    monkeypatch.setattr(Unit, "__call__", stale)
+    held = [drafted(session, parents) for parents in SHAPES]
+    assert torch.equal(held[0], want[0]) and not torch.equal(held[1], want[1])
 
 
 def ancestors() -> torch.Tensor:
